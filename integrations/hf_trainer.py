@@ -1,0 +1,217 @@
+"""`ORPOTrainer`: TRL's constructor on transformers' `Trainer`, independent of TRL.
+
+    trainer = ORPOTrainer(model=model, args=ORPOConfig(output_dir="out"), train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from orpo_plugins.collator import ORPOCollator
+from orpo_plugins.errors import ConfigError, missing_extra
+from orpo_plugins.head import output_head, unwrap_model
+from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
+from orpo_plugins.integrations.training_methods import ORPOMethods
+from orpo_plugins.pairs import PairOptions
+from orpo_plugins.plugins import best_layout, kernel
+from orpo_plugins.preparation import prepare_dataset
+
+logger = logging.getLogger(__name__)
+
+
+class ORPOTrainer(ORPOMethods, Trainer):
+    """Trains a causal LM on preference pairs with ORPO.
+
+    Args:
+        model: a causal LM, a name or path for `AutoModelForCausalLM.from_pretrained`, or None with `model_init`.
+        args: `ORPOConfig`; None takes its defaults with `output_dir="orpo_output"`.
+        data_collator: makes batches from tokenized rows; default `ORPOCollator`.
+        train_dataset, eval_dataset: rows in any registered format (docs/data.md): `datasets.Dataset`,
+            `IterableDataset`, or a list of dicts; `eval_dataset` may be a dict of them.
+        processing_class: the tokenizer (or a processor that has one); default: the model's. `tokenizer=` is accepted.
+        model_init, callbacks, optimizers, preprocess_logits_for_metrics, compute_metrics: as in `Trainer`;
+            predictions are [pairs, 2] mean log-probabilities of chosen and rejected answers.
+        peft_config: wraps the model with PEFT first.
+
+    Raises:
+        ConfigError, RowError, ModelError: each names the option, row or module and the remedy.
+    """
+
+    _tag_names = ("orpo",)
+
+    def __init__(
+        self,
+        model: nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[[], nn.Module] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        args = ORPOConfig(output_dir="orpo_output") if args is None else args
+        if processing_class is None:
+            processing_class = tokenizer
+        model_init = _prepared_model_init(model_init, args, peft_config)
+        example = model_init() if model is None and model_init is not None else load_model(model, args)
+        if model is not None:
+            example = prepare_model(example, args, peft_config)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                unwrap_model(example).config._name_or_path, trust_remote_code=args.trust_remote_code
+            )
+        text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if args.n_gpu > 1:
+            logger.warning(
+                "torch.nn.DataParallel cannot split ORPO's batches: training on one of %d GPUs. Launch with "
+                "`accelerate launch` or `torchrun` to use them all",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
+        args.remove_unused_columns = False
+        layout = announce(example, args)
+        options = pair_options(args)
+        if train_dataset is not None:
+            with args.main_process_first(desc="tokenizing the training set"):
+                train_dataset = prepared(train_dataset, text_tokenizer, options, args, "train")
+        with args.main_process_first(desc="tokenizing the evaluation set"):
+            if isinstance(eval_dataset, Mapping) and not hasattr(eval_dataset, "map"):
+                eval_dataset = {
+                    name: prepared(rows, text_tokenizer, options, args, name) for name, rows in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                eval_dataset = prepared(eval_dataset, text_tokenizer, options, args, "eval")
+        super().__init__(
+            model=None if model is None else example,
+            args=args,
+            data_collator=data_collator or collator(text_tokenizer, args, layout),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init if model is None else None,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.set_up_orpo(args.options())
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
+
+
+def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
+    """The model itself, or the one that a name stands for."""
+    if isinstance(model, nn.Module):
+        if args.model_init_kwargs:
+            raise ConfigError("model_init_kwargs is set but model is already instantiated: pass the model's name, or drop it")
+        return model
+    if not isinstance(model, str):
+        raise ConfigError(f"model is {model!r}: pass a model, the name of one, or model_init")
+    arguments = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **arguments)
+    return loaded
+
+
+def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    """Dropout, adapters and the inputs' gradients, in the order in which none undoes the other."""
+    output_head(model)
+    if args.disable_dropout:
+        # Before PEFT wraps the model: an adapter's own dropout is what its user asked for.
+        disable_dropout(model)
+    if peft_config is not None:
+        model = add_adapter(model, args, peft_config)
+    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        # Reentrant checkpointing gives no gradient at all to adapters unless the inputs ask for one.
+        model.enable_input_require_grads()
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout of the base model to 0, adapters' own layers left alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # a plain number in transformers' attention layers
+
+
+def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    """The model wrapped with PEFT, prepared for k-bit training where it is quantized."""
+    try:
+        from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise missing_extra("peft", "peft") from error
+    if isinstance(model, PeftModel):
+        raise ConfigError("peft_config is set but the model already carries an adapter: merge it first, or drop peft_config")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    wrapped: nn.Module = get_peft_model(model, peft_config)
+    return wrapped
+
+
+def _prepared_model_init(
+    model_init: Callable[..., nn.Module] | None, args: ORPOConfig, peft_config: Any
+) -> Callable[..., nn.Module] | None:
+    if model_init is None:
+        return None
+    return lambda *trial: prepare_model(model_init(*trial), args, peft_config)
+
+
+def pair_options(args: ORPOFields) -> PairOptions:
+    """The part of the arguments that decides how rows become pairs."""
+    return PairOptions(
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        truncation_mode=args.truncation_mode,
+    )
+
+
+def prepared(rows: Any, tokenizer: Any, options: PairOptions, args: Any, name: str) -> Any:
+    """The tokenized dataset; what was cut or dropped goes into the log."""
+    dataset, report = prepare_dataset(rows, tokenizer, options, num_proc=args.dataset_num_proc, name=name)
+    logger.info("%s", report.summary())
+    return dataset
+
+
+def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
+    """The collator that belongs to the arguments."""
+    return ORPOCollator(
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        truncation_mode=args.truncation_mode,
+        layout=layout,
+        nll_over=args.nll_over,
+    )
+
+
+def announce(model: nn.Module, args: Any) -> str:
+    """Chooses the layout, and says once which kernel and layout are active and why; returns the layout's name."""
+    layout, passed_over = best_layout(args.layout, model)
+    device = torch.device(args.device)
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
+    logger.warning(
+        "ORPO by orpo-plugins is active: kernel=%s, layout=%s, nll_over=%s, nll_normalization=%s, beta=%g%s",
+        kernel(args.kernel, device).name,
+        layout.name,
+        args.nll_over,
+        args.nll_normalization,
+        args.beta,
+        reasons,
+    )
+    layout.prepare(model)
+    return layout.name

@@ -1,0 +1,111 @@
+"""ORPO for a stock `transformers.Trainer`: a collator, a loss function, and one call for the fused head.
+
+    trainer = Trainer(
+        model, args, train_dataset=rows, data_collator=ORPOCollator(tokenizer, max_length=1024),
+        compute_loss_func=ORPOLoss(beta=0.1),      # args need remove_unused_columns=False
+    )
+    fuse_head(trainer)                             # optional: no logits in memory, exact pair weights, metrics
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from orpo_plugins.collator import ORPOCollator
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.forward import Denominators, ORPOOptions, nll_weights, pair_loss
+from orpo_plugins.head import logits_of
+from orpo_plugins.integrations.training_methods import ORPOMethods
+from orpo_plugins.interfaces import Objective
+from orpo_plugins.kernels.reference import objective_of_logits
+from orpo_plugins.predictions import Predictions
+
+logger = logging.getLogger(__name__)
+
+
+class ORPOLoss:
+    """A `compute_loss_func` for `Trainer`: ORPO from full logits.
+
+        loss = sum(NLL of the chosen rows) / num_items_in_batch
+             + (share of the step's NLL tokens) * mean over pairs of -beta * log sigmoid(odds_temperature * log_odds)
+
+    The Trainer hands a loss function the step's token count and nothing else, so with several micro-batches or ranks
+    per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
+    weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always.
+
+    Args:
+        beta: the paper's lambda, >= 0.
+        odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
+    """
+
+    def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
+        self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
+        self._told = False
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        """The loss of one micro-batch; `labels` is the table that `ORPOCollator` makes."""
+        if labels is None:
+            raise BatchError("the batch has no labels: pass data_collator=ORPOCollator(...) to the Trainer")
+        logits = logits_of(outputs)
+        if logits is None:
+            raise BatchError(
+                "the model returned no logits, as models patched by use_liger_kernel=True do in training: "
+                "switch it off, or call fuse_head(trainer)"
+            )
+        predictions = Predictions.from_table(labels, _count_pairs(logits, labels))
+        own_tokens = predictions.in_nll.sum().clamp(min=1).float()
+        tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
+        tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)
+        if not self._told and bool(tokens > own_tokens):
+            self._told = True
+            logger.warning(
+                "a step has several micro-batches: their odds-ratio terms are weighted by tokens; "
+                "call orpo_plugins.fuse_head(trainer) for exact pair weights"
+            )
+        totals = Denominators(nll_tokens=tokens, num_pairs=predictions.num_pairs * tokens / own_tokens)
+        objective = Objective(
+            nll_weights=nll_weights(predictions, self.options, totals),
+            pair_loss=lambda pairs: pair_loss(pairs, options=self.options, num_pairs=totals.num_pairs),
+        )
+        return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective).loss
+
+
+def _count_pairs(logits: Tensor, labels: Tensor) -> int:
+    if logits.shape[0] > 1:
+        return int(logits.shape[0]) // 2
+    # A packed batch is one row.  Every sequence has a line, so the last index tells how many there are.
+    return (int(labels[:, 2].max()) + 1) // 2
+
+
+def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch") -> Trainer:
+    """Puts the fused head, exact step normalization and ORPO's metrics into a stock Trainer; returns it.
+
+    Args:
+        trainer: built with `data_collator=ORPOCollator(...)` and `compute_loss_func=ORPOLoss(...)`, whose `beta` and
+            `odds_temperature` are kept.  Its class is replaced by a subclass of itself.
+        kernel: "auto", "chunked", "triton", "reference" or a plugin's name.
+        nll_normalization: "batch", "microbatch" or "pair".
+
+    Raises:
+        ConfigError: the trainer's loss or collator is another one.
+    """
+    loss, collator = trainer.compute_loss_func, trainer.data_collator
+    if not isinstance(loss, ORPOLoss) or not isinstance(collator, ORPOCollator):
+        raise ConfigError(
+            f"the trainer has compute_loss_func={loss!r} and data_collator={type(collator).__name__}: build it with "
+            "compute_loss_func=ORPOLoss(...) and data_collator=ORPOCollator(...) first"
+        )
+    trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (ORPOMethods, type(trainer)), {})
+    trainer.set_up_orpo(
+        ORPOOptions(
+            beta=loss.options.beta,
+            odds_temperature=loss.options.odds_temperature,
+            kernel=kernel,
+            nll_normalization=nll_normalization,
+            logit_means=True,
+        )
+    )
+    return trainer

@@ -1,0 +1,130 @@
+"""The four methods of transformers' `Trainer` that ORPO changes, as a mixin.
+
+`ORPOTrainer`, Axolotl's trainer and `fuse_head` for a stock `Trainer` all are this mixin over their own base.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo_plugins.forward import (
+    Denominators,
+    ORPOOptions,
+    forward_with_options,
+    own_denominators,
+    predictions_of,
+)
+from orpo_plugins.integrations.metrics import MetricSums, figures_of
+from orpo_plugins.objective import ORPOOutput
+
+logger = logging.getLogger(__name__)
+
+
+class ORPOMethods:
+    """Loss, step totals, evaluation and logging of ORPO over any subclass of `transformers.Trainer`."""
+
+    orpo_options: ORPOOptions
+    args: Any
+    accelerator: Any
+    model_accepts_loss_kwargs: bool
+    loss_is_scaled_for_ga: bool | None
+
+    def set_up_orpo(self, options: ORPOOptions) -> None:
+        """Called once, after the base class is initialized."""
+        self.orpo_options = options
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._step_totals: Denominators | None = None
+        # Who divides by the number of micro-batches: for "microbatch" the Trainer, else our denominators have done it.
+        # transformers reads loss_is_scaled_for_ga since 5.19 and model_accepts_loss_kwargs (with a token count) before.
+        scaled = options.nll_normalization != "microbatch"
+        self.loss_is_scaled_for_ga = scaled
+        self.model_accepts_loss_kwargs = scaled
+        self.compute_loss_func = None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Also counts the NLL tokens and pairs of the whole optimizer step, over all ranks, in one reduction."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if not batches:
+            return batches, None
+        counts = [predictions_of(batch) for batch in batches]
+        tokens = torch.stack([predictions.in_nll.sum() for predictions in counts]).sum().to(device)
+        pairs = torch.tensor(sum(predictions.num_pairs for predictions in counts), device=device)
+        # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
+        totals = self.accelerator.reduce(torch.stack([tokens, pairs]).float(), reduction="mean")
+        self._step_totals = Denominators(nll_tokens=totals[0].clamp(min=1), num_pairs=totals[1])
+        return batches, totals[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one micro-batch; its figures go into the running sums."""
+        output = self.orpo_output(model, inputs, "train")
+        loss = output.loss.to(self.args.device)
+        return (loss, output) if return_outputs else loss
+
+    def orpo_output(self, model: nn.Module, inputs: dict[str, Any], split: str) -> ORPOOutput:
+        """One forward pass and its figures, summed under `split`."""
+        predictions = predictions_of(inputs)
+        totals = own_denominators(predictions)
+        if split == "train" and self.orpo_options.nll_normalization != "microbatch" and self._step_totals is not None:
+            totals = self._step_totals
+        output = forward_with_options(model, inputs, self.orpo_options, predictions, totals)
+        self._sums[split].add(figures_of(output, self.orpo_options, totals))
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(loss, [B, 2] mean log-probabilities of chosen and rejected, [B] zeros: the index of the better answer)."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            output = self.orpo_output(model, inputs, "eval")
+        loss = output.loss.detach()
+        if prediction_loss_only:
+            return loss, None, None
+        logps = torch.stack([output.chosen_logps, output.rejected_logps], dim=1)
+        return loss, logps, torch.zeros_like(logps[:, 0])
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The base loop, with our figures among its metrics (so that `metric_for_best_model` finds them).
+
+        Unless the normalization is per micro-batch, `{prefix}_loss` is computed from the sums over the whole set,
+        which does not depend on how it was cut into batches.
+        """
+        sums = self._sums["eval"] = MetricSums()
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        figures = sums.pop(self.accelerator)
+        if figures and self.orpo_options.nll_normalization != "microbatch" and not self.orpo_options.loss_terms:
+            whole = figures["nll_loss"] - self.orpo_options.beta * figures["log_odds_ratio"]
+            output.metrics[f"{metric_key_prefix}_loss"] = whole + self._router_share(figures)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def _router_share(self, figures: dict[str, float]) -> float:
+        coefficient = getattr(self.model.config, "router_aux_loss_coef", 0.0)  # type: ignore[attr-defined]
+        return float(coefficient * figures.get("aux_loss", 0.0))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last training log; evaluation brings its own."""
+        if "loss" in logs:
+            logs.update(self._sums["train"].pop(self.accelerator))
+        super().log(logs, start_time)  # type: ignore[misc]

@@ -1,0 +1,180 @@
+"""`linear_orpo_loss`: the objective from hidden states, an output matrix and padded labels."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_plugins import plugins
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.interfaces import HeadOptions, Objective
+from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, log_odds, odds_ratio_loss
+from orpo_plugins.predictions import IGNORE_INDEX, Predictions
+
+
+def linear_orpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    nll_labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    beta: float = 0.1,
+    odds_temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    kernel: str = "auto",
+    memory_budget: int | None = None,
+    nll_tokens: Tensor | float | None = None,
+    num_pairs: Tensor | float | None = None,
+    pair_loss: Callable[[PairLogps], Tensor] | None = None,
+) -> ORPOOutput:
+    """ORPO from hidden states, without the logits ever being in memory at once.
+
+        logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
+        logps = logits.log_softmax(-1).gather(-1, labels)
+        chosen, rejected = mean of logps over each row's labels, split at B
+        loss = -sum(logps of nll_labels) / nll_tokens + sum(pair_loss(chosen, rejected)) / num_pairs
+
+    Args:
+        hidden: [2B, T, H] in fp32, bf16, fp16 or fp64; rows 0..B-1 chosen, B..2B-1 rejected.
+        weight: [V, H], the output matrix, in the dtype of `hidden` (any under autocast).
+        labels: [2B, T] int64, the token that each position predicts (already shifted), `ignore_index` where none.
+        nll_labels: [B, T], the same for the NLL of the chosen rows; default: the chosen half of `labels`.
+        bias: [V] or None.
+        beta: the paper's lambda, >= 0.
+        odds_temperature: multiplies the log odds inside the sigmoid, > 0.
+        ignore_index: marks positions that predict nothing; whatever stands in their hidden states is not looked at.
+        softcap: c of c * tanh(logits / c), applied after the scale; None for none.
+        logit_scale: multiplies hidden @ weight.T + bias.
+        kernel: "auto", "reference", "chunked", "triton" or a plugin's name.
+        memory_budget: bytes that may be held beyond inputs and returned gradients; None leaves it to the kernel.
+        nll_tokens: the NLL's denominator; default: the NLL tokens of this call.  Under gradient accumulation, those
+            of the whole optimizer step.
+        num_pairs: the same for pairs; default: B.
+        pair_loss: maps `PairLogps` to [B], to be minimized in place of the odds-ratio term
+            (SimPO, CPO, whatever torch can differentiate); `beta` and `odds_temperature` have no part in it then.
+
+    Returns:
+        `ORPOOutput`; only `loss` carries gradient, once.  `figures` holds `chosen_lengths` and `rejected_lengths`
+        [B] and `nll_tokens`.
+
+    Raises:
+        BatchError: shapes, dtypes or devices that do not fit together, an odd number of rows, a label outside
+            0..V-1, an answer without a token, NaN or infinity in hidden states (looked for on CPUs only, where it
+            costs no wait for the device).
+        ConfigError: an unknown kernel, or a coefficient out of range.
+
+    Source: equations 6 and 7 of arXiv:2403.07691 for the default `pair_loss`.
+    """
+    check_coefficients(beta, odds_temperature)
+    _check_transform(softcap, logit_scale)
+    _check_shapes(hidden, weight, labels, nll_labels, bias)
+    chosen_kernel = plugins.kernel(kernel, hidden.device)
+    predictions = Predictions.from_labels(labels, nll_labels, ignore_index)
+    _check_labels(predictions, labels.shape[1], weight.shape[0])
+    rows = hidden.flatten(0, 1).index_select(0, predictions.rows)
+    _check_finite(rows, predictions, labels.shape[1])
+
+    counted = predictions.in_nll.sum()
+    per_pair = pair_loss or functools.partial(odds_ratio_loss, beta=beta, odds_temperature=odds_temperature)
+    objective = Objective(
+        nll_weights=predictions.in_nll.float() / (counted.clamp(min=1) if nll_tokens is None else nll_tokens),
+        pair_loss=lambda pairs: _summed(per_pair(pairs), pairs)
+        / (predictions.num_pairs if num_pairs is None else num_pairs),
+    )
+    options = HeadOptions(softcap=softcap, logit_scale=logit_scale, memory_budget=memory_budget)
+    result = chosen_kernel.compute(rows, weight, bias, predictions, objective, options)
+    chosen, rejected = result.logps.view(2, -1)
+    lengths = predictions.answer_lengths().view(2, -1)
+    odds = log_odds(chosen, rejected)
+    return ORPOOutput(
+        loss=result.loss,
+        nll_loss=result.nll_loss,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        log_odds_chosen=odds,
+        log_odds_ratio=F.logsigmoid(odds_temperature * odds),
+        figures={"chosen_lengths": lengths[0], "rejected_lengths": lengths[1], "nll_tokens": counted},
+    )
+
+
+def _summed(per_pair: Tensor, pairs: PairLogps) -> Tensor:
+    if per_pair.shape != pairs.chosen.shape:
+        raise BatchError(
+            f"pair_loss returned shape {tuple(per_pair.shape)} for {len(pairs.chosen)} pairs: "
+            "return one number per pair, [B]; the mean over pairs is taken afterwards"
+        )
+    return per_pair.sum()
+
+
+def _check_transform(softcap: float | None, logit_scale: float) -> None:
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ConfigError(f"softcap is {softcap}: it must be a finite number > 0, or None for no soft-cap")
+    if not 0 < abs(logit_scale) < float("inf"):
+        raise ConfigError(f"logit_scale is {logit_scale}: it must be a finite number other than 0")
+
+
+def _check_shapes(
+    hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor | None, bias: Tensor | None
+) -> None:
+    if hidden.ndim != 3 or hidden.shape[0] == 0:
+        raise BatchError(f"hidden has shape {tuple(hidden.shape)}: expected [2B, T, H], chosen rows before rejected ones")
+    if hidden.shape[0] % 2:
+        raise BatchError(
+            f"hidden has {hidden.shape[0]} rows, an odd number: expected B chosen rows and then B rejected ones"
+        )
+    rows, length, width = hidden.shape
+    expected = {
+        "weight": (weight, (weight.shape[0], width)),
+        "labels": (labels, (rows, length)),
+        "nll_labels": (nll_labels, (rows // 2, length)),
+        "bias": (bias, (weight.shape[0],)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise BatchError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {shape} for hidden of shape {tuple(hidden.shape)}"
+            )
+        if tensor.device != hidden.device:
+            raise BatchError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move it there")
+    for name, indices in (("labels", labels), ("nll_labels", nll_labels)):
+        if indices is not None and indices.dtype != torch.int64:
+            raise BatchError(f"{name} has dtype {indices.dtype}: token ids must be torch.int64")
+
+
+def _check_labels(predictions: Predictions, length: int, vocabulary: int) -> None:
+    outside = (predictions.tokens < 0) | (predictions.tokens >= vocabulary)
+    empty = predictions.answer_lengths() == 0
+    if not bool(outside.any() | empty.any()):
+        return
+    if bool(outside.any()):
+        line = int(outside.nonzero()[0])
+        row, position = divmod(int(predictions.rows[line]), length)
+        raise BatchError(
+            f"the label at [{row}, {position}] is {int(predictions.tokens[line])}, outside 0..{vocabulary - 1}: "
+            "mark positions without a label with ignore_index, or use the tokenizer that belongs to the weight"
+        )
+    row = int(empty.nonzero()[0])
+    side = "chosen" if row < predictions.num_pairs else "rejected"
+    raise BatchError(
+        f"row {row} ({side} answer of pair {row % predictions.num_pairs}) has no label: its mean log-probability "
+        "is undefined. Drop the pair"
+    )
+
+
+def _check_finite(rows: Tensor, predictions: Predictions, length: int) -> None:
+    # On other devices the answer would have to be waited for; there the loss comes out non-finite.
+    if rows.device.type != "cpu" or bool(torch.isfinite(rows).all()):
+        return
+    line = int((~torch.isfinite(rows)).any(1).nonzero()[0])
+    row, position = divmod(int(predictions.rows[line]), length)
+    raise BatchError(
+        f"hidden[{row}, {position}] contains NaN or infinity: look for an overflow in the model "
+        "(fp16 without loss scaling, a learning rate too high) before this step"
+    )

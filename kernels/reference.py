@@ -1,0 +1,60 @@
+"""The obvious head: all logits at once, log-softmax in fp32, autograd for everything.
+
+What every other kernel is compared with, and the way out for a model whose logits are not simply
+`scale * (hidden @ weight.T + bias)`.
+"""
+
+from torch import Tensor
+
+from orpo_plugins.hookspecs import hookimpl
+from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.objective import PairLogps, at_least_fp32
+from orpo_plugins.predictions import Predictions
+
+
+@hookimpl
+def orpo_kernels() -> list[Kernel]:
+    """Runs anywhere; never chosen by "auto"."""
+    return [Kernel(name="reference", compute=reference_head, priority=-100)]
+
+
+def reference_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    predictions: Predictions,
+    objective: Objective,
+    options: HeadOptions,
+) -> HeadResult:
+    """See `KernelFunction`; the arithmetic in one place."""
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    return objective_of_logits(transform_logits(logits, options), predictions, objective)
+
+
+def transform_logits(logits: Tensor, options: HeadOptions) -> Tensor:
+    """c * tanh(scale * logits / c), or scale * logits without a soft-cap."""
+    logits = logits * options.logit_scale
+    if options.softcap is None:
+        return logits
+    return options.softcap * (logits / options.softcap).tanh()
+
+
+def objective_of_logits(logits: Tensor, predictions: Predictions, objective: Objective) -> HeadResult:
+    """The objective from final logits [N, V], one row per line of `predictions`."""
+    logps = at_least_fp32(logits).log_softmax(-1).gather(-1, predictions.tokens[:, None])[:, 0]
+    loss, nll, means = combine(logps, predictions, objective)
+    return HeadResult(
+        loss=loss, nll_loss=nll.detach(), logps=means.detach(), logit_means=at_least_fp32(logits.detach()).mean(-1)
+    )
+
+
+def combine(logps: Tensor, predictions: Predictions, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, NLL, mean log-probabilities [2B]) from per-line log-probabilities [N]; differentiable in `logps`."""
+    lengths = predictions.answer_lengths()
+    means = predictions.sum_by_sequence(logps * predictions.in_answer) / lengths
+    nll = -(objective.nll_weights * logps).sum()
+    (chosen, rejected), (chosen_lengths, rejected_lengths) = means.view(2, -1), lengths.view(2, -1)
+    pairs = PairLogps(
+        chosen=chosen, rejected=rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+    )
+    return nll + objective.pair_loss(pairs), nll, means

@@ -1,0 +1,34 @@
+"""Every error that the package raises on purpose.
+
+Each message says what was found, where, and what to do about it.  All of them are `ValueError`s
+(or `ImportError`s for a missing extra), so code that catches the built-in class keeps working.
+"""
+
+
+class ORPOError(ValueError):
+    """Base class of the package's own errors."""
+
+
+class RowError(ORPOError):
+    """A dataset row that cannot be read: names the row, the column, the value and the remedy."""
+
+
+class ConfigError(ORPOError):
+    """An option, or a combination of options, that cannot be honoured."""
+
+
+class BatchError(ORPOError):
+    """Tensors whose shapes, labels or values do not fit together."""
+
+
+class ModelError(ORPOError):
+    """A model whose head or attention cannot be handled without changing what it computes."""
+
+
+class MissingExtraError(ORPOError, ImportError):
+    """An optional dependency is not installed; the message holds the pip command."""
+
+
+def missing_extra(package: str, extra: str) -> MissingExtraError:
+    """The error for an absent optional `package` that `pip install orpo-plugins[extra]` brings."""
+    return MissingExtraError(f"this needs {package}, which is not installed: pip install 'orpo-plugins[{extra}]'")

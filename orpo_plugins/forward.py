@@ -1,0 +1,288 @@
+"""One ORPO step: a batch through a model, the objective out of it.  Every adapter and every hand-written loop is here.
+
+    out = orpo_forward(model, collator(rows), beta=0.1)
+    out.loss.backward()
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo_plugins import plugins
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.head import head_options, head_parameters, logits_of, output_head, replaced_forward, unwrap_model
+from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.kernels.reference import objective_of_logits
+from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, log_odds, odds_ratio_loss
+from orpo_plugins.predictions import Predictions
+
+NLL_OVER = ("sequence", "completion")
+NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
+_NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ORPOOptions:
+    """What defines the loss, whoever computes it."""
+
+    beta: float = 0.1
+    """The paper's lambda: weight of the odds-ratio term."""
+    odds_temperature: float = 1.0
+    """Multiplies the log odds ratio inside the sigmoid."""
+    nll_normalization: str = "batch"
+    """"batch" or "microbatch": mean over tokens; "pair": mean per answer, then over pairs."""
+    loss_terms: Mapping[str, float] = field(default_factory=dict)
+    """Further per-pair terms of plugins, by name, with their weights."""
+    kernel: str = "auto"
+    """Who computes the head: "auto", "reference", "chunked", "triton" or a plugin's."""
+    memory_budget: int | None = None
+    """Bytes that a kernel may hold beyond inputs and gradients; None leaves it to the kernel."""
+    logit_means: bool = False
+    """Whether `figures` gets the mean logits of chosen and rejected rows (TRL's logits/chosen, logits/rejected)."""
+
+    def __post_init__(self) -> None:
+        check_coefficients(self.beta, self.odds_temperature)
+        if self.nll_normalization not in NLL_NORMALIZATIONS:
+            raise ConfigError(f"unknown nll_normalization {self.nll_normalization!r}; known: {NLL_NORMALIZATIONS}")
+        for name in self.loss_terms:
+            plugins.loss_term(name)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Denominators:
+    """What the sums of one micro-batch are divided by; as tensors, so that no device has to be waited for."""
+
+    nll_tokens: Tensor | float
+    """NLL tokens of the whole optimizer step, all micro-batches and ranks, divided by the number of ranks."""
+    num_pairs: Tensor | float
+    """Pairs, counted in the same way."""
+
+
+def orpo_forward(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    beta: float = 0.1,
+    odds_temperature: float = 1.0,
+    kernel: str = "auto",
+    nll_normalization: str = "batch",
+    loss_terms: Mapping[str, float] | None = None,
+    nll_tokens: Tensor | float | None = None,
+    num_pairs: Tensor | float | None = None,
+    memory_budget: int | None = None,
+) -> ORPOOutput:
+    """Runs `model` on a batch of `ORPOCollator` with a fused head and returns the objective.
+
+        loss = sum(NLL of the chosen rows) / nll_tokens
+             + sum over pairs of -beta * log sigmoid(odds_temperature * log_odds) / num_pairs
+
+    Args:
+        model: a causal LM of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
+        batch: what `ORPOCollator` returned, on the model's device: `input_ids` [R, S], masks or positions, `labels`
+            [N, 4] and `shift_labels` [2B, L].
+        beta: the paper's lambda, >= 0.
+        odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
+        kernel: "auto", "reference" (the model's own logits, all at once), "chunked", "triton" or a plugin's name.
+        nll_normalization: "batch" and "microbatch" divide by tokens, "pair" means per answer and divides by pairs.
+        loss_terms: per-pair terms of plugins to add, {name: weight}.
+        nll_tokens: the NLL's denominator; default: this batch's NLL tokens.  Under gradient accumulation pass the
+            tokens of all micro-batches of the step, under data parallelism those of all ranks divided by the ranks.
+        num_pairs: the same for pairs; default: this batch's.
+        memory_budget: bytes that the kernel may hold beyond inputs and gradients.
+
+    Returns:
+        `ORPOOutput`; `figures` holds `chosen_lengths`, `rejected_lengths` [B], `nll_tokens` and, for a mixture of
+        experts with `output_router_logits`, `aux_loss`, whose multiple is in the loss.
+
+    Raises:
+        BatchError: a batch that does not come from `ORPOCollator`.
+        ConfigError: an unknown kernel, term or normalization.
+        ModelError: a head that cannot be fused; the message says what to do.
+    """
+    options = ORPOOptions(
+        beta=beta,
+        odds_temperature=odds_temperature,
+        kernel=kernel,
+        nll_normalization=nll_normalization,
+        loss_terms=loss_terms or {},
+        memory_budget=memory_budget,
+    )
+    predictions = predictions_of(batch)
+    own = own_denominators(predictions)
+    totals = Denominators(
+        nll_tokens=own.nll_tokens if nll_tokens is None else nll_tokens,
+        num_pairs=own.num_pairs if num_pairs is None else num_pairs,
+    )
+    return forward_with_options(model, batch, options, predictions, totals)
+
+
+def predictions_of(batch: Mapping[str, Any]) -> Predictions:
+    """The prediction table of a batch; `BatchError` where it was not made by `ORPOCollator`."""
+    if not isinstance(batch.get("labels"), Tensor) or not isinstance(batch.get("shift_labels"), Tensor):
+        raise BatchError(f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels")
+    return Predictions.from_table(batch["labels"], batch["shift_labels"].shape[0] // 2)
+
+
+def own_denominators(predictions: Predictions) -> Denominators:
+    """The counts of one micro-batch by itself."""
+    return Denominators(nll_tokens=predictions.in_nll.sum().clamp(min=1), num_pairs=float(predictions.num_pairs))
+
+
+def forward_with_options(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    options: ORPOOptions,
+    predictions: Predictions,
+    totals: Denominators,
+) -> ORPOOutput:
+    """`orpo_forward` with everything decided: what adapters call."""
+    objective = Objective(
+        nll_weights=nll_weights(predictions, options, totals),
+        pair_loss=functools.partial(pair_loss, options=options, num_pairs=totals.num_pairs),
+    )
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    run = run_reference if options.kernel == "reference" else run_fused
+    result, outputs, logit_means = run(model, inputs, predictions, objective, options)
+    return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)
+
+
+def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:
+    """fp32 [N]: what each line's NLL weighs in the loss."""
+    in_nll = predictions.in_nll.float()
+    if options.nll_normalization == "pair":
+        per_sequence = predictions.sum_by_sequence(in_nll).clamp(min=1)
+        return in_nll / (per_sequence[predictions.sequences] * totals.num_pairs)
+    return in_nll / totals.nll_tokens
+
+
+def pair_loss(pairs: PairLogps, *, options: ORPOOptions, num_pairs: Tensor | float) -> Tensor:
+    """The odds-ratio term and the selected plugin terms, summed over pairs and divided by `num_pairs`."""
+    per_pair = odds_ratio_loss(pairs, beta=options.beta, odds_temperature=options.odds_temperature)
+    for name, weight in options.loss_terms.items():
+        per_pair = per_pair + weight * plugins.loss_term(name).compute(pairs)
+    return per_pair.sum() / num_pairs
+
+
+Run = tuple[HeadResult, Any, Tensor | None]
+
+
+def run_reference(
+    model: nn.Module, inputs: Mapping[str, Any], predictions: Predictions, objective: Objective, options: ORPOOptions
+) -> Run:
+    """The model's own logits, whatever it does to them."""
+    output_head(model)
+    outputs = model(**inputs, use_cache=False)
+    logits = logits_of(outputs)
+    means = None
+    if options.logit_means:
+        means = _by_side(logits.detach().float().mean(-1), predictions)
+    return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective), outputs, means
+
+
+def run_fused(
+    model: nn.Module, inputs: Mapping[str, Any], predictions: Predictions, objective: Objective, options: ORPOOptions
+) -> Run:
+    """The kernel in the place of `lm_head`."""
+    transform = head_options(model, inputs["input_ids"])
+    head = output_head(model)
+    kernel = plugins.kernel(options.kernel, inputs["input_ids"].device)
+    capped_means = options.logit_means and transform.softcap is not None
+    transform = replace(transform, memory_budget=options.memory_budget, logit_means=capped_means)
+    computed: list[tuple[HeadResult, Tensor | None]] = []
+
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        computed.append(_head(head, kernel, hidden, predictions, objective, transform, options))
+        return computed[-1][0].loss.reshape(1, 1, 1)
+
+    with replaced_forward(head, forward):
+        outputs = model(**inputs, use_cache=False)
+    if len(computed) != 1:
+        raise BatchError(f"lm_head was called {len(computed)} times in one forward pass instead of once")
+    result, means = computed[0]
+    returned = logits_of(outputs).reshape(())
+    if transform.softcap is None and transform.logit_scale == 1.0:
+        return replace(result, loss=returned), outputs, means
+    # The model has bent what the head returned.  Wrappers hang their backward hooks (FSDP2, ZeRO-3) on the model's
+    # outputs, so the graph must pass through them: with weight zero.
+    return replace(result, loss=result.loss + 0.0 * returned), outputs, means
+
+
+def _head(
+    head: nn.Module,
+    kernel: Kernel,
+    hidden: Tensor,
+    predictions: Predictions,
+    objective: Objective,
+    transform: HeadOptions,
+    options: ORPOOptions,
+) -> tuple[HeadResult, Tensor | None]:
+    weight, bias = head_parameters(head)
+    rows = hidden.flatten(0, -2).index_select(0, predictions.rows)
+    result = kernel.compute(rows, weight, bias, predictions, objective, transform)
+    if not options.logit_means:
+        return result, None
+    if result.logit_means is not None:
+        return result, _by_side_lines(result.logit_means, predictions)
+    with torch.no_grad():
+        # Without a soft-cap the mean over the vocabulary is linear: one product with the mean row of the weight.
+        mean_row = weight.mean(0, dtype=torch.float32)
+        offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+        means = (hidden.detach().float() @ mean_row + offset) * transform.logit_scale
+        return result, _by_side(means, predictions)
+
+
+def _by_side(means: Tensor, predictions: Predictions) -> Tensor:
+    """[2]: mean over the chosen and over the rejected rows, as TRL has it: every row but the last, padding included."""
+    if means.shape[0] == 2 * predictions.num_pairs:
+        return means[:, :-1].reshape(2, -1).mean(1)
+    return _by_side_lines(means.flatten()[predictions.rows], predictions)
+
+
+def _by_side_lines(means: Tensor, predictions: Predictions) -> Tensor:
+    """[2]: the same over the lines of the table, for layouts without padding."""
+    rejected = (predictions.sequences >= predictions.num_pairs).float()
+    sides = torch.stack([1.0 - rejected, rejected])
+    return (sides @ means) / sides.sum(1)
+
+
+def describe(
+    result: HeadResult, predictions: Predictions, options: ORPOOptions, logit_means: Tensor | None
+) -> ORPOOutput:
+    """The figures of a head's result."""
+    chosen, rejected = result.logps.view(2, -1)
+    odds = log_odds(chosen, rejected)
+    lengths = predictions.answer_lengths().view(2, -1)
+    figures = {
+        "chosen_lengths": lengths[0],
+        "rejected_lengths": lengths[1],
+        "nll_tokens": predictions.in_nll.sum(),
+    }
+    if logit_means is not None:
+        figures |= {"chosen_logits": logit_means[0], "rejected_logits": logit_means[1]}
+    return ORPOOutput(
+        loss=result.loss,
+        nll_loss=result.nll_loss,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        log_odds_chosen=odds,
+        log_odds_ratio=torch.nn.functional.logsigmoid(options.odds_temperature * odds),
+        figures=figures,
+    )
+
+
+def add_router_loss(
+    output: ORPOOutput, outputs: Any, model: nn.Module, predictions: Predictions, totals: Denominators
+) -> ORPOOutput:
+    """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's pairs."""
+    config = getattr(unwrap_model(model), "config", None)
+    aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+    if aux_loss is None or not getattr(config, "output_router_logits", False):
+        return output
+    weight = getattr(config, "router_aux_loss_coef", 0.0) * (predictions.num_pairs / totals.num_pairs)
+    return replace(
+        output, loss=output.loss + weight * aux_loss, figures={**output.figures, "aux_loss": aux_loss.detach()}
+    )

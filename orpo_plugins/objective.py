@@ -1,0 +1,146 @@
+"""The ORPO objective on mean log-probabilities (Hong, Lee and Thorne 2024, arXiv:2403.07691, equations 4 to 7).
+
+    p = exp(mean log-probability of the answer's tokens)
+    log_odds = (log p_c - log p_r) - (log(1 - p_c) - log(1 - p_r))
+    loss = NLL(chosen) - beta * mean over pairs of log sigmoid(odds_temperature * log_odds)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_plugins.errors import BatchError, ConfigError
+
+_MINUS_LN_2 = -0.6931471805599453
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ORPOOutput:
+    """What one evaluation of the objective gives; every figure but `loss` is detached where a fused head made it."""
+
+    loss: Tensor
+    """Scalar, the only one to call `backward()` on."""
+    nll_loss: Tensor
+    """Scalar: the weighted NLL of the chosen rows."""
+    chosen_logps: Tensor
+    """fp32 [B]: mean log-probability per answer token."""
+    rejected_logps: Tensor
+    """fp32 [B]: the same for the rejected answers."""
+    log_odds_chosen: Tensor
+    """fp32 [B]: log odds of the chosen over the rejected answer (TRL's metric of this name is its mean)."""
+    log_odds_ratio: Tensor
+    """fp32 [B]: log sigmoid(odds_temperature * log_odds_chosen)."""
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    """Further detached figures: answer lengths, NLL tokens, logit means, a router's auxiliary loss."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairLogps:
+    """What a per-pair term sees.  All fp32 [B]."""
+
+    chosen: Tensor
+    """Mean log-probability of the chosen answer's tokens; carries gradient."""
+    rejected: Tensor
+    """The same for the rejected answer."""
+    chosen_lengths: Tensor
+    """Answer tokens, so that `chosen * chosen_lengths` is the summed log-probability."""
+    rejected_lengths: Tensor
+    """The same for the rejected answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerm:
+    """A named per-pair term that a plugin adds to the objective, selected by name."""
+
+    name: str
+    compute: Callable[[PairLogps], Tensor]
+    """Maps `PairLogps` to [B], to be minimized; the mean over pairs enters the loss, times its weight."""
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, with finite value and gradient for every input.
+
+    The two branches are those of Maechler 2012 (log1p below -ln 2, expm1 above).  `torch.where` sends 0 * inf
+    = NaN through the branch not taken, so each branch gets an input clamped to where it is finite.  At x = 0 the
+    true value is -inf: x is held at -eps/4 of its dtype, below the last value that fp32 can tell from 0 in exp.
+    """
+    ceiling = -torch.finfo(x.dtype).eps / 4
+    x = x.clamp(max=ceiling)
+    small = torch.log1p(-torch.exp(x.clamp(max=_MINUS_LN_2)))
+    large = torch.log(-torch.expm1(x.clamp(min=_MINUS_LN_2)))
+    return torch.where(x < _MINUS_LN_2, small, large)
+
+
+def log_odds(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
+    """[B] log odds of the chosen answer minus those of the rejected one."""
+    return (chosen_logps - rejected_logps) - (log1mexp(chosen_logps) - log1mexp(rejected_logps))
+
+
+def odds_ratio_loss(pairs: PairLogps, *, beta: float, odds_temperature: float) -> Tensor:
+    """[B]: -beta * log sigmoid(odds_temperature * log_odds), the term that ORPO adds to the NLL."""
+    return -beta * F.logsigmoid(odds_temperature * log_odds(pairs.chosen, pairs.rejected))
+
+
+def orpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    nll_loss: Tensor,
+    *,
+    beta: float = 0.1,
+    odds_temperature: float = 1.0,
+) -> ORPOOutput:
+    """The objective alone, differentiable in all three tensors.
+
+        loss = nll_loss - beta * mean(log sigmoid(odds_temperature * log_odds(chosen_logps, rejected_logps)))
+
+    Args:
+        chosen_logps: [B] mean (not summed) log-probability of each chosen answer's tokens, <= 0.
+        rejected_logps: [B], the same for the rejected answers.
+        nll_loss: scalar NLL of the chosen sequences.
+        beta: the paper's lambda, >= 0.
+        odds_temperature: multiplies the log odds inside the sigmoid, > 0.
+
+    Returns:
+        `ORPOOutput`; the figures are fp32 (fp64 where the inputs are).
+
+    Raises:
+        BatchError: shapes differ, there is no pair, or `nll_loss` is no scalar.
+        ConfigError: `beta` or `odds_temperature` out of range.
+
+    Source: equations 6 and 7 of the paper; `odds_temperature=1` there.
+    """
+    if chosen_logps.shape != rejected_logps.shape or chosen_logps.ndim != 1 or not chosen_logps.numel():
+        raise BatchError(
+            f"chosen_logps has shape {tuple(chosen_logps.shape)} and rejected_logps {tuple(rejected_logps.shape)}: "
+            "both must be [B] with at least one pair"
+        )
+    if nll_loss.numel() != 1:
+        raise BatchError(f"nll_loss has shape {tuple(nll_loss.shape)}: reduce it to a scalar first")
+    check_coefficients(beta, odds_temperature)
+    chosen_logps, rejected_logps = at_least_fp32(chosen_logps), at_least_fp32(rejected_logps)
+    odds = log_odds(chosen_logps, rejected_logps)
+    ratio = F.logsigmoid(odds_temperature * odds)
+    return ORPOOutput(
+        loss=nll_loss.reshape(()) - beta * ratio.mean(),
+        nll_loss=nll_loss.reshape(()),
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        log_odds_chosen=odds,
+        log_odds_ratio=ratio,
+    )
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp64 stays; everything below is raised to fp32, where 1 - p keeps its digits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_coefficients(beta: float, odds_temperature: float) -> None:
+    """Raises `ConfigError` for a coefficient that would turn the preference around or make it vanish."""
+    if not 0 <= beta < float("inf"):
+        raise ConfigError(f"beta is {beta}: it weighs the odds-ratio term and must be a finite number >= 0")
+    if not 0 < odds_temperature < float("inf"):
+        raise ConfigError(f"odds_temperature is {odds_temperature}: it must be a finite number > 0")

@@ -1,6 +1,6 @@
 """`ORPOConfig`: transformers' `TrainingArguments` plus what ORPO needs; no TRL class is involved.
 
-    ORPOConfig(output_dir="out", beta=0.1, max_length=1024, kernel="auto", layout="auto")
+ORPOConfig(output_dir="out", beta=0.1, max_length=1024, kernel="auto", layout="auto")
 """
 
 import dataclasses

@@ -1,25 +1,25 @@
 """`ORPOTrainer`: TRL's constructor on transformers' `Trainer`, independent of TRL.
 
-    trainer = ORPOTrainer(model=model, args=ORPOConfig(output_dir="out"), train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
+trainer = ORPOTrainer(model=model, args=ORPOConfig(output_dir="out"), train_dataset=rows, processing_class=tokenizer)
+trainer.train()
 """
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from orpo_plugins.collator import ORPOCollator
+from orpo_plugins.pairs import PairOptions
+from orpo_plugins.preparation import prepare_dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError, missing_extra
-from orpo_plugins.head import output_head, unwrap_model
+from orpo_plugins.head import config_of, output_head
 from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
 from orpo_plugins.integrations.training_methods import ORPOMethods
-from orpo_plugins.pairs import PairOptions
 from orpo_plugins.plugins import best_layout, kernel
-from orpo_plugins.preparation import prepare_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
             example = prepare_model(example, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
-                unwrap_model(example).config._name_or_path, trust_remote_code=args.trust_remote_code
+                config_of(example)._name_or_path, trust_remote_code=args.trust_remote_code
             )
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if args.n_gpu > 1:
@@ -115,11 +115,14 @@ def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
     """The model itself, or the one that a name stands for."""
     if isinstance(model, nn.Module):
         if args.model_init_kwargs:
-            raise ConfigError("model_init_kwargs is set but model is already instantiated: pass the model's name, or drop it")
+            raise ConfigError(
+                "model_init_kwargs is set but model is already instantiated: pass the model's name, or drop it"
+            )
         return model
     if not isinstance(model, str):
         raise ConfigError(f"model is {model!r}: pass a model, the name of one, or model_init")
-    arguments = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    given: Any = args.model_init_kwargs or {}
+    arguments = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **given}
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **arguments)
     return loaded
 
@@ -134,7 +137,7 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Mo
         model = add_adapter(model, args, peft_config)
     if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         # Reentrant checkpointing gives no gradient at all to adapters unless the inputs ask for one.
-        model.enable_input_require_grads()
+        cast(Any, model).enable_input_require_grads()
     return model
 
 
@@ -154,7 +157,9 @@ def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Modu
     except ImportError as error:
         raise missing_extra("peft", "peft") from error
     if isinstance(model, PeftModel):
-        raise ConfigError("peft_config is set but the model already carries an adapter: merge it first, or drop peft_config")
+        raise ConfigError(
+            "peft_config is set but the model already carries an adapter: merge it first, or drop peft_config"
+        )
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     wrapped: nn.Module = get_peft_model(model, peft_config)

@@ -33,7 +33,9 @@ class MetricSums:
         if accelerator is not None:
             table = accelerator.reduce(table, reduction="sum")  # type: ignore[attr-defined]  # accelerate.Accelerator
         self._sums.clear()
-        return {name: total / weight if weight else 0.0 for name, (total, weight) in zip(names, table.tolist(), strict=True)}
+        return {
+            name: total / weight if weight else 0.0 for name, (total, weight) in zip(names, table.tolist(), strict=True)
+        }
 
 
 def figures_of(

@@ -1,20 +1,20 @@
 """ORPO for a stock `transformers.Trainer`: a collator, a loss function, and one call for the fused head.
 
-    trainer = Trainer(
-        model, args, train_dataset=rows, data_collator=ORPOCollator(tokenizer, max_length=1024),
-        compute_loss_func=ORPOLoss(beta=0.1),      # args need remove_unused_columns=False
-    )
-    fuse_head(trainer)                             # optional: no logits in memory, exact pair weights, metrics
+trainer = Trainer(
+    model, args, train_dataset=rows, data_collator=ORPOCollator(tokenizer, max_length=1024),
+    compute_loss_func=ORPOLoss(beta=0.1),      # args need remove_unused_columns=False
+)
+fuse_head(trainer)                             # optional: no logits in memory, exact pair weights, metrics
 """
 
 import logging
 from typing import Any
 
 import torch
+from orpo_plugins.collator import ORPOCollator
 from torch import Tensor
 from transformers import Trainer
 
-from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.forward import Denominators, ORPOOptions, nll_weights, pair_loss
 from orpo_plugins.head import logits_of

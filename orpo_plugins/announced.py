@@ -7,7 +7,10 @@ from orpo_plugins.interfaces import Method
 @hookimpl
 def orpo_methods() -> list[Method]:
     """The one method this package is for, under its name in each framework."""
-    trainer, config = "orpo_plugins.integrations.hf_trainer.ORPOTrainer", "orpo_plugins.integrations.hf_config.ORPOConfig"
+    trainer, config = (
+        "orpo_plugins.integrations.hf_trainer.ORPOTrainer",
+        "orpo_plugins.integrations.hf_config.ORPOConfig",
+    )
     return [
         Method(name="orpo", framework="transformers", trainer=trainer, config=config),
         Method(name="orpo", framework="trl", trainer=trainer, config=config),

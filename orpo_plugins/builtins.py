@@ -3,7 +3,6 @@
 from types import ModuleType
 
 
-
 def plugins() -> dict[str, ModuleType]:
     """Modules whose functions implement the hooks; torch is the heaviest thing that they import."""
     from orpo_plugins import announced, layouts, row_formats
@@ -17,5 +16,3 @@ def plugins() -> dict[str, ModuleType]:
         "orpo-kernel-triton": triton_head,
         "orpo-methods": announced,
     }
-
-

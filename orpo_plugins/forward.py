@@ -1,7 +1,7 @@
 """One ORPO step: a batch through a model, the objective out of it.  Every adapter and every hand-written loop is here.
 
-    out = orpo_forward(model, collator(rows), beta=0.1)
-    out.loss.backward()
+out = orpo_forward(model, collator(rows), beta=0.1)
+out.loss.backward()
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orpo_plugins import plugins
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.head import head_options, head_parameters, logits_of, output_head, replaced_forward, unwrap_model
+from orpo_plugins.head import config_of, head_options, head_parameters, logits_of, output_head, replaced_forward
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, log_odds, odds_ratio_loss
@@ -123,7 +123,9 @@ def orpo_forward(
 def predictions_of(batch: Mapping[str, Any]) -> Predictions:
     """The prediction table of a batch; `BatchError` where it was not made by `ORPOCollator`."""
     if not isinstance(batch.get("labels"), Tensor) or not isinstance(batch.get("shift_labels"), Tensor):
-        raise BatchError(f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels")
+        raise BatchError(
+            f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels"
+        )
     return Predictions.from_table(batch["labels"], batch["shift_labels"].shape[0] // 2)
 
 
@@ -278,7 +280,7 @@ def add_router_loss(
     output: ORPOOutput, outputs: Any, model: nn.Module, predictions: Predictions, totals: Denominators
 ) -> ORPOOutput:
     """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's pairs."""
-    config = getattr(unwrap_model(model), "config", None)
+    config = config_of(model)
     aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
     if aux_loss is None or not getattr(config, "output_router_logits", False):
         return output

@@ -29,7 +29,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
-            model = cast(nn.Module, model.get_base_model())
+            model = cast(Any, model).get_base_model()
             continue
         for name in _WRAPPER_ATTRIBUTES:
             inner = model._modules.get(name)
@@ -40,13 +40,18 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             return model
 
 
+def config_of(model: nn.Module) -> Any:
+    """The transformers configuration of the innermost model, or None."""
+    return getattr(unwrap_model(model), "config", None)
+
+
 def output_head(model: nn.Module) -> nn.Module:
     """The module that makes logits from hidden states; `ModelError` for a model that is no decoder with a head."""
     inner = unwrap_model(model)
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(inner).__name__} is an encoder-decoder model, which is not supported: use a decoder")
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    head = cast(Any, inner).get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or _is_encoder_only(inner):
         raise ModelError(
             f"{type(inner).__name__} is not a causal language model with an output head. ORPO scores answers "
@@ -74,7 +79,7 @@ def _bidirectional_heads() -> frozenset[str]:
     return frozenset(str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]) for family in both)
 
 
-def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
     """(weight [V, H], bias [V] or None) of the head as its forward would use them now.
 
     Raises `ModelError` for a head whose forward is more than one linear map of these two.

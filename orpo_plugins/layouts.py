@@ -1,6 +1,7 @@
 """How pairs are laid out for one forward pass.
 
-*padded*: [2B, T], chosen rows first, padded on the right to the longest, as TRL does it.
+*padded*: [2B, T], chosen rows first, padded on the right to the longest, as TRL does it.  The layouts without
+padding are in `packing.py`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ Line = tuple[int, int, int, int]
 @hookimpl
 def orpo_layouts() -> list[Layout]:
     """The built-in layouts."""
-    return [Layout(name="padded", collate=collate_padded)]
+    from orpo_plugins import packing
+
+    return [Layout(name="padded", collate=collate_padded), *packing.layouts()]
 
 
 def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Tensor]:
@@ -35,9 +38,7 @@ def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -
         line
         for pair in range(len(pairs))
         for row in (pair, len(pairs) + pair)
-        for line in sequence_lines(
-            sequences[row], row * width, row, nll_over=nll_over if row < len(pairs) else None
-        )
+        for line in sequence_lines(sequences[row], row * width, row, nll_over=nll_over if row < len(pairs) else None)
     ]
     return {
         "input_ids": input_ids,

@@ -1,8 +1,8 @@
 """The ORPO objective on mean log-probabilities (Hong, Lee and Thorne 2024, arXiv:2403.07691, equations 4 to 7).
 
-    p = exp(mean log-probability of the answer's tokens)
-    log_odds = (log p_c - log p_r) - (log(1 - p_c) - log(1 - p_r))
-    loss = NLL(chosen) - beta * mean over pairs of log sigmoid(odds_temperature * log_odds)
+p = exp(mean log-probability of the answer's tokens)
+log_odds = (log p_c - log p_r) - (log(1 - p_c) - log(1 - p_r))
+loss = NLL(chosen) - beta * mean over pairs of log sigmoid(odds_temperature * log_odds)
 """
 
 from collections.abc import Callable

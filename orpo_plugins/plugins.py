@@ -54,7 +54,8 @@ def methods(framework: str) -> list[Method]:
 
 def loss_term(name: str) -> LossTerm:
     """The per-pair term of that name."""
-    return _by_name("loss term", name, _flatten(get_plugin_manager().hook.orpo_loss_terms()))
+    known: list[LossTerm] = _flatten(get_plugin_manager().hook.orpo_loss_terms())
+    return _by_name("loss term", name, known)
 
 
 def layouts() -> list[Layout]:
@@ -120,5 +121,3 @@ def _by_name(kind: str, name: str, known: Iterable[NamedT], also: tuple[str, ...
             return item
     names = ", ".join(sorted({*also, *(item.name for item in items)})) or "none"
     raise ConfigError(f"unknown {kind} {name!r}; known: {names}")
-
-

@@ -77,15 +77,15 @@ class Predictions:
                 )
         # Pair by pair (chosen, then rejected), so that a kernel may finish a pair before it opens the next.
         order = torch.arange(2 * num_pairs, device=labels.device).view(2, num_pairs).T.reshape(-1)
-        sequence, position = (in_answer | in_nll)[order].nonzero(as_tuple=True)
+        sequence, column = (in_answer | in_nll)[order].nonzero(as_tuple=True)
         sequence = order[sequence]
-        tokens = torch.where(in_answer, labels, nll)[sequence, position]
+        tokens = torch.where(in_answer, labels, nll)[sequence, column]
         return cls(
-            rows=sequence * length + position,
+            rows=sequence * length + column,
             tokens=tokens,
             sequences=sequence,
-            in_answer=in_answer[sequence, position],
-            in_nll=in_nll[sequence, position],
+            in_answer=in_answer[sequence, column],
+            in_nll=in_nll[sequence, column],
             num_pairs=num_pairs,
         )
 

@@ -1,0 +1,57 @@
+"""What the layout of the repository has to keep true."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import orpo_plugins
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("folder", ["kernels", "integrations"])
+def test_root_folders_are_no_packages(folder: str) -> None:
+    # `kernels` is also a package that transformers imports: an __init__.py at the root would shadow it.
+    assert not (ROOT / folder / "__init__.py").exists()
+    spec = importlib.util.find_spec(folder)
+    assert spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(ROOT)
+
+
+def test_importing_the_package_imports_no_trainer_framework() -> None:
+    code = (
+        "import sys, orpo_plugins; from orpo_plugins import hookimpl, get_plugin_manager, orpo_loss, linear_orpo_loss;"
+        "from orpo_plugins import orpo_forward, ORPOCollator, setup_chat_format; get_plugin_manager();"
+        "print([m for m in ('transformers', 'trl', 'axolotl', 'peft', 'datasets', 'accelerate') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    contract = {
+        "FusedLinearORPOLoss",
+        "ORPOCollator",
+        "ORPOConfig",
+        "ORPOLoss",
+        "ORPOPlugin",
+        "ORPOTrainer",
+        "fuse_head",
+        "get_plugin_manager",
+        "hookimpl",
+        "linear_orpo_loss",
+        "orpo_forward",
+        "orpo_loss",
+        "setup_chat_format",
+    }
+    assert set(orpo_plugins.__all__) == contract
+    needs_axolotl = {"ORPOPlugin"} if importlib.util.find_spec("axolotl") is None else set()
+    for name in contract - needs_axolotl:
+        assert getattr(orpo_plugins, name).__doc__, name
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'ORPOTrainr'; it has FusedLinearORPOLoss"):
+        orpo_plugins.ORPOTrainr  # noqa: B018

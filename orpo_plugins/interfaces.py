@@ -4,6 +4,7 @@ Everything built in is an instance of these same classes, registered through the
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,8 +65,10 @@ class Pair:
 class LayoutFunction(Protocol):
     """Puts pairs into one forward pass."""
 
-    def __call__(self, pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Tensor]:
+    def __call__(self, pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Any]:
         """The model's inputs (`input_ids`, masks, positions, …), `labels` and `shift_labels`.
+
+        All tensors, but for keywords of a layout's own that its attention function reads.
 
         `labels` is the table of `Predictions`, pair by pair.  `shift_labels` [2B, L] holds the NLL's target
         tokens of each sequence and -100 elsewhere: a stock Trainer counts them for its token normalization,
@@ -83,6 +86,8 @@ class Layout:
     """Why a model cannot run in this layout, in words for the log; None where it can."""
     prepare: Callable[[torch.nn.Module], None] = lambda model: None
     """Called once per model before its first batch in this layout (to register an attention function, say)."""
+    forward_context: Callable[[torch.nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+    """Entered around every forward pass with a batch of this layout."""
     priority: int = 0
     """`layout="auto"` takes the supported layout with the highest."""
 

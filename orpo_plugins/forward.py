@@ -6,6 +6,7 @@ out.loss.backward()
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -147,9 +148,35 @@ def forward_with_options(
         pair_loss=functools.partial(pair_loss, options=options, num_pairs=totals.num_pairs),
     )
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
+    check_vocabulary(model, inputs["input_ids"])
     run = run_reference if options.kernel == "reference" else run_fused
-    result, outputs, logit_means = run(model, inputs, predictions, objective, options)
+    with layout_context(model, inputs):
+        result, outputs, logit_means = run(model, inputs, predictions, objective, options)
     return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)
+
+
+def check_vocabulary(model: nn.Module, input_ids: Tensor) -> None:
+    """Raises `BatchError` for a token that the model has no embedding for.
+
+    On a CPU, where looking costs nothing; an accelerator asserts in the embedding itself.
+    """
+    size = getattr(config_of(model), "vocab_size", None)
+    if size is None or input_ids.device.type != "cpu":
+        return
+    largest = int(input_ids.max())
+    if largest >= size:
+        raise BatchError(
+            f"token {largest} is outside the model's vocabulary of {size}: the tokenizer has more tokens than the "
+            "model. Call model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that belongs to the model"
+        )
+
+
+def layout_context(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """What the layout of a batch wants entered around the forward pass, found by the layout's keyword."""
+    for layout in plugins.layouts():
+        if layout.keyword is not None and layout.keyword in inputs:
+            return layout.forward_context(model)
+    return nullcontext()
 
 
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:

@@ -33,7 +33,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             continue
         for name in _WRAPPER_ATTRIBUTES:
             inner = model._modules.get(name)
-            if inner is not None and not hasattr(model, "get_output_embeddings"):
+            # On the type: wrappers pass attributes of what they wrap through.
+            if inner is not None and not hasattr(type(model), "get_output_embeddings"):
                 model = inner
                 break
         else:

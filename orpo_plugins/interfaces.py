@@ -88,6 +88,8 @@ class Layout:
     """Called once per model before its first batch in this layout (to register an attention function, say)."""
     forward_context: Callable[[torch.nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
     """Entered around every forward pass with a batch of this layout."""
+    keyword: str | None = None
+    """The key by which a batch of this layout is known, where it needs `forward_context`."""
     priority: int = 0
     """`layout="auto"` takes the supported layout with the highest."""
 

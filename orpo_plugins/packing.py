@@ -61,7 +61,7 @@ class Spans:
 
 def layouts() -> list[Layout]:
     """The two layouts of this module."""
-    common = {"unsupported": _unsupported, "prepare": _prepare, "forward_context": _forward_context}
+    common = {"unsupported": _unsupported, "prepare": _prepare, "forward_context": _forward_context, "keyword": SPANS}
     return [
         Layout(name="packed", collate=collate_packed, priority=10, **common),
         Layout(name="shared", collate=collate_shared, priority=20, **common),

@@ -1,0 +1,71 @@
+"""Makes what the demo trains: a tokenizer learned from the demo's own texts, and a small Llama with random weights.
+
+    python examples/demo/prepare.py        # writes build/demo/model
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
+
+
+def main() -> None:
+    """Writes model and tokenizer to `--output`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default="build/demo/model")
+    output = parser.parse_args().output
+    tokenizer = train_tokenizer(texts(HERE / "train.jsonl"))
+    model = small_llama(tokenizer)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"{output}: {model.num_parameters() / 1e6:.1f} million random weights, {len(tokenizer)} tokens")
+
+
+def texts(path: Path) -> list[str]:
+    """Every message of a file of preference rows."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [message["content"] for row in rows for part in row.values() for message in part]
+
+
+def train_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 1,024 tokens; its chat template comes from Axolotl's `chat_template: chatml`."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([*corpus, "system user assistant"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>")
+
+
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Four layers of width 128, seeded."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,11 @@ def translate(given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
     return arguments
 
 
+def is_legacy(name: str) -> bool:
+    """Whether `translate` knows `name` as an old one."""
+    return name in _RENAMED or name in _SPECIAL or name in _WITHOUT_EFFECT
+
+
 def _set(arguments: dict[str, Any], new: str, value: Any, old: str) -> None:
     if new in arguments:
         raise ConfigError(f"{old}={value!r} and {new}={arguments[new]!r} are the same option: pass {new} alone")

@@ -1,0 +1,29 @@
+"""Puts `ORPOTrainer` and `ORPOConfig` back into `trl`, for programs that import them from there.
+
+import orpo_plugins.integrations.trl_adapter as adapter
+adapter.restore_in_trl()
+from trl import ORPOConfig, ORPOTrainer
+"""
+
+from orpo_plugins.errors import missing_extra
+
+NAMES = ("ORPOConfig", "ORPOTrainer", "setup_chat_format")
+
+
+def restore_in_trl() -> None:
+    """Sets trl.ORPOConfig, trl.ORPOTrainer and trl.setup_chat_format to ours; nothing else in trl changes.
+
+    TRL dropped the first two from its top level in 0.29 and the third as well.  The classes that TRL keeps in
+    `trl.experimental.orpo` stay what they are.
+
+    Raises:
+        MissingExtraError: trl is not installed.
+    """
+    try:
+        import trl
+    except ImportError as error:
+        raise missing_extra("trl", "trl") from error
+    import orpo_plugins
+
+    for name in NAMES:
+        setattr(trl, name, getattr(orpo_plugins, name))

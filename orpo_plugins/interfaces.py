@@ -30,6 +30,9 @@ class Preference:
     """The other continuation."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Passed on to the chat template: `tools`, `chat_template_kwargs`."""
+    plain: "Preference | None" = None
+    """The same in three strings, for rows that were written as strings: used where the tokenizer has no chat
+    template, and where the strings turn out to be templated already."""
 
 
 @dataclass(frozen=True, kw_only=True)

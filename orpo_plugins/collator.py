@@ -1,0 +1,131 @@
+"""`ORPOCollator`: rows, raw or tokenized, to the batch that a layout makes.
+
+Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from orpo_plugins import plugins
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.forward import NLL_OVER
+from orpo_plugins.interfaces import Pair
+from orpo_plugins.pairs import BuiltPair, PairOptions
+from orpo_plugins.preparation import RowTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class ORPOCollator:
+    """Makes batches from preference rows in any registered format, or from tokenized ones.
+
+    A raw row that cannot be used (chosen equals rejected, for one) is left out of its batch; each reason is logged
+    once, and `left_out` counts all of them.  `prepare_dataset` finds such rows before training starts.
+
+    Args:
+        tokenizer: see `PairBuilder`; it needs an EOS token, and a pad token unless EOS may pad.
+        max_length, max_prompt_length, max_completion_length, truncation_mode: see `PairOptions`.
+        layout: "padded", "packed", "shared" or a plugin's; "auto" is "padded", which every model can run.
+        nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
+        pad_to_multiple_of: rounds the width of *padded* batches up.
+
+    Returns (when called on a list of rows):
+        What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
+        `labels` [N, 4] (see `predictions.py`) and `shift_labels` [2B, L], all int64.
+
+    Raises:
+        ConfigError: an unknown option, or a tokenizer without EOS, or without a chat template for conversations.
+        RowError: a malformed row, by its number in the batch.
+        BatchError: no row of a batch can be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None = 1024,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        truncation_mode: str = "keep_end",
+        layout: str = "padded",
+        nll_over: str = "sequence",
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        options = PairOptions(
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            max_completion_length=max_completion_length,
+            truncation_mode=truncation_mode,
+        )
+        if nll_over not in NLL_OVER:
+            raise ConfigError(f"unknown nll_over {nll_over!r}; known: {', '.join(NLL_OVER)}")
+        self.layout = plugins.layout("padded" if layout == "auto" else layout)
+        if pad_to_multiple_of is not None and (self.layout.name != "padded" or pad_to_multiple_of < 1):
+            raise ConfigError(
+                f"pad_to_multiple_of={pad_to_multiple_of!r} needs layout='padded' and a positive number; the layout is "
+                f"{self.layout.name!r}, which pads in its own way or not at all"
+            )
+        self.tokenizer = tokenizer
+        self.nll_over = nll_over
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.left_out: Counter[str] = Counter()
+        self._read = RowTokenizer(tokenizer, options)
+        self._pad_token_id = pad_token_id(tokenizer)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One batch."""
+        if not rows:
+            raise BatchError("the batch has no rows")
+        pairs = self.pairs(rows)
+        batch = self.layout.collate(pairs, pad_token_id=self._pad_token_id, nll_over=self.nll_over)
+        return self._widened(batch) if self.pad_to_multiple_of else batch
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+        """The usable rows as pairs."""
+        pairs, reasons = [], []
+        for index, row in enumerate(rows):
+            built = self._read(row, f"{index} of the batch")
+            if isinstance(built, BuiltPair):
+                pairs.append(built.pair)
+            else:
+                reasons.append(built.reason)
+        if not pairs:
+            counts = ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).items())
+            raise BatchError(f"none of the {len(rows)} rows of the batch can be used: {counts}")
+        for reason in reasons:
+            if reason not in self.left_out:
+                logger.warning(
+                    "a row was left out of its batch: %s (told once; ORPOCollator.left_out counts all. "
+                    "prepare_dataset finds such rows beforehand)",
+                    reason,
+                )
+            self.left_out[reason] += 1
+        return pairs
+
+    def _widened(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A *padded* batch with its width rounded up."""
+        width = batch["input_ids"].shape[1]
+        more = -width % int(self.pad_to_multiple_of or 1)
+        pad = torch.nn.functional.pad
+        labels = batch["labels"].clone()
+        # The table counts positions row by row, so that every row before a position adds the new columns.
+        labels[:, 0] += labels[:, 0] // width * more
+        return {
+            **batch,
+            "input_ids": pad(batch["input_ids"], (0, more), value=self._pad_token_id),
+            "attention_mask": pad(batch["attention_mask"], (0, more), value=0),
+            "labels": labels,
+        }
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills rows up: PAD, or EOS where there is none, which the attention mask hides just as well."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    raise ConfigError("the tokenizer has neither a pad nor an EOS token: set tokenizer.pad_token and eos_token")

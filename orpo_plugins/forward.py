@@ -150,6 +150,8 @@ def forward_with_options(
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
     check_vocabulary(model, inputs["input_ids"])
     run = run_reference if options.kernel == "reference" else run_fused
+    if run is run_fused:
+        head_options(model, inputs["input_ids"])  # its probe is a pass without the layout's inputs: not in its context
     with layout_context(model, inputs):
         result, outputs, logit_means = run(model, inputs, predictions, objective, options)
     return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)

@@ -1,0 +1,33 @@
+"""Runs a script of tests/workers in processes of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, offline, one thread, with the package importable."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_worker(script: str, runs: list[dict[str, Any]], output: Path, *, ranks: int) -> list[Any]:
+    """What the worker saved after it trained with each of `runs` on so many gloo ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
+    launcher = [*torchrun, f"--master_port={port}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "workers" / script), json.dumps(runs), str(output)]
+    done = subprocess.run(command, env=environment(), cwd=output.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    results: list[Any] = torch.load(output, weights_only=False)
+    return results

@@ -1,0 +1,72 @@
+"""A hand-written loop around orpo_forward: plain, or with the model cut over several ranks by torch's fully_shard.
+
+Usage: train_fsdp2.py <json list of options> <output file>
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+
+from orpo_plugins import ORPOCollator, orpo_forward
+
+PAIRS_PER_STEP = 8
+
+
+def train(options: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
+    """What five SGD steps of eight pairs change in the weights."""
+    model = tiny.model(tie_word_embeddings=options.get("tied", False))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    collator = ORPOCollator(tiny.tokenizer(), max_length=512)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options["learning_rate"])
+    rows, size = tiny.skewed_rows(5 * PAIRS_PER_STEP), options["batch_size"]
+    for first in range(0, len(rows), PAIRS_PER_STEP):
+        step = [collator(rows[start : start + size]) for start in range(first, first + PAIRS_PER_STEP, size)]
+        tokens = sum(int((batch["shift_labels"] != -100).sum()) for batch in step)
+        for batch in step[rank::ranks]:
+            # Data parallelism averages gradients, so the step's totals are divided by the number of ranks.
+            out = orpo_forward(
+                model, batch, kernel=options["kernel"], nll_tokens=tokens / ranks, num_pairs=PAIRS_PER_STEP / ranks
+            )
+            out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in model.named_parameters()
+    }
+    return {name: after[name].detach() - before[name] for name in before}
+
+
+def main() -> None:
+    """Trains with each set of options in turn; rank 0 saves."""
+    runs, output = json.loads(sys.argv[1]), sys.argv[2]
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    results = [train(options, rank, ranks) for options in runs]
+    if rank == 0:
+        torch.save(results, output)
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

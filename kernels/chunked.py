@@ -1,20 +1,27 @@
-"""The fused head in plain PyTorch: the objective and its gradients from one tile of logits at a time.
+"""The fused head: the objective and its gradients in the forward, from one tile of logits at a time.
 
-With l = softcap(scale * (hidden @ weight.T + bias)), J = dl/d(hidden @ weight.T) and p = softmax(l):
+With l = softcap(scale * (hidden @ weight.T + bias)), J = dl / d(hidden @ weight.T) and p = softmax(l):
 
-    d loss / d (hidden @ weight.T)[t] = w_t * G_t,    G_t = J_t * (onehot_t - p_t)
     w_t = d loss / d logp_t = -nll_weight_t + (d pair_loss / d mean_logp_s) / n_s
+    d loss / d (hidden @ weight.T)[t] = w_t * J_t * (onehot_t - p_t)
 
-Everything about the objective is in the [N] numbers w, and those are known once the log-probabilities are:
-autograd gives them on tensors of size [N].  So gradients are computed in the forward, with logits in hand:
+Everything that is special about the objective is in the numbers w [N], and these come from autograd on tensors of
+size [N] once the log-probabilities are known.  So no matrix of the vocabulary's width is ever scaled by w.
 
-    pass 1   for each tile: s_t += sum(exp(l - r_t)),  acc_t += (exp(l - r_t) * J) @ weight        2 products
-             logp_t = (l_t[token] - r_t) - log s_t,    d hidden_t = w_t * (J_t[token] * weight[token] - acc_t / s_t)
-    pass 2   only for a trainable head, for each tile again: G from the log-sum-exp, d weight = G.T @ (w * hidden)
+    scan        for each tile: E = 2^(l * log2(e) - reference), others += sum(E), expected += (E * J) @ weight
+                afterwards: d hidden = w * ((1 - p[token]) * J[token] * weight[token] - expected / sum)
+    d weight    only where asked for, for each tile of the vocabulary: (E * J).T @ (w / sum * hidden), with E either
+                kept from the scan (3 matrix products in all) or computed again (4)
+
+Numerics.  The target's own entry is left out of E, and its logit is a dot product in fp32: log p = -log1p(others / e),
+so that log p <= 0 holds for every rounding and 1 - p keeps its digits where p is close to 1.  The reference is a
+running maximum, rounded up to an integer: moving it multiplies by a power of two, which rounds nothing.
 """
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +30,10 @@ from torch.autograd.function import once_differentiable
 from orpo_plugins.errors import BatchError
 from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.kernels.products import times_transposed, working_dtype
 from orpo_plugins.kernels.reference import combine
 from orpo_plugins.objective import at_least_fp32
 from orpo_plugins.predictions import Predictions
-
-_TOKENS, _VOCABULARY = 512, 2048
 
 
 @hookimpl
@@ -44,13 +50,33 @@ def chunked_head(
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
-    """See `KernelFunction`."""
+    """See `KernelFunction`.
+
+    `memory_budget` buys kept tiles: each byte beyond the working set of a few tiles saves its share of the fourth
+    matrix product of a trainable head.  The default is twice the returned weight gradient for 16-bit dtypes and
+    nothing for wider ones, whose tiles take twice the memory for the same saving.
+    """
+    return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps())
+
+
+def tiled_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    predictions: Predictions,
+    objective: Objective,
+    options: HeadOptions,
+    steps: "TileSteps",
+) -> HeadResult:
+    """The algorithm of this module with the arithmetic on tiles given by `steps`."""
     hidden, weight, bias = under_autocast(hidden, weight, bias)
+    if not torch.is_grad_enabled():  # needs_input_grad below does not know about no_grad
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, logps, means = cast(
-        tuple[Tensor, Tensor, Tensor, Tensor],
-        _ChunkedHead.apply(hidden, weight, bias, predictions, objective, options),  # type: ignore[no-untyped-call]
+        tuple[Tensor, Tensor, Tensor, Tensor | None],
+        _TiledHead.apply(hidden, weight, bias, predictions, objective, options, steps),  # type: ignore[no-untyped-call]
     )
-    return HeadResult(loss=loss, nll_loss=nll, logps=logps, logit_means=means if options.logit_means else None)
+    return HeadResult(loss=loss, nll_loss=nll, logps=logps, logit_means=means)
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -61,12 +87,15 @@ def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     others = [weight] if bias is None else [weight, bias]
     if any(other.dtype != hidden.dtype for other in others):
-        found = ", ".join(str(other.dtype) for other in others)
-        raise BatchError(f"hidden is {hidden.dtype} but weight and bias are {found}: cast them to one dtype")
+        found = " and ".join(str(other.dtype) for other in others)
+        raise BatchError(
+            f"hidden is {hidden.dtype} but {'weight is' if bias is None else 'weight and bias are'} {found}: "
+            "cast them to one dtype, or run under torch.autocast"
+        )
     return hidden, weight, bias
 
 
-class _ChunkedHead(torch.autograd.Function):
+class _TiledHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,199 +105,475 @@ class _ChunkedHead(torch.autograd.Function):
         predictions: Predictions,
         objective: Objective,
         options: HeadOptions,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        head = _Head(
-            hidden=hidden,
-            weight=weight,
-            bias=bias,
-            tokens=predictions.tokens,
-            softcap=options.softcap,
-            scale=options.logit_scale,
-        )
-        first = head.scan(need_hidden=ctx.needs_input_grad[0], need_means=options.logit_means)
-        loss, nll, means, w = differentiate_objective(first.logps, predictions, objective)
-        w, ctx.unit = normalize(w, hidden.dtype)
-        d_hidden = head.hidden_gradient(first, w).to(hidden.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = d_bias = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_weight, d_bias = head.weight_gradient(
-                first, w, need_weight=ctx.needs_input_grad[1], need_bias=ctx.needs_input_grad[2]
-            )
-        ctx.gradients = [d_hidden, d_weight, d_bias]
-        ctx.mark_non_differentiable(nll, means, first.logit_means)
+        steps: "TileSteps",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        needs = ctx.needs_input_grad[:3]
+        tiling = Tiling.plan(hidden, weight, options, trainable=any(needs[1:]))
+        with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
+            head = _Head(hidden, weight, bias, predictions.tokens, Transform.of(options), tiling, steps)
+            scan = head.scan(need_hidden=needs[0], need_means=options.logit_means)
+            loss, nll, means, w = differentiate(scan.logps, predictions, objective, need_w=any(needs))
+            w, ctx.unit = in_safe_unit(w, hidden.dtype)
+            d_hidden = head.hidden_gradient(scan, w) if needs[0] else None
+            ctx.gradients = [d_hidden, *head.weight_gradients(scan, w, need_weight=needs[1], need_bias=needs[2])]
+        ctx.mark_non_differentiable(nll, means, *([] if scan.logit_means is None else [scan.logit_means]))
         ctx.set_materialize_grads(False)
-        return loss, nll, means, first.logit_means
+        return loss, nll, means, scan.logit_means
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         if ctx.gradients is None:
             raise RuntimeError(
                 "backward() was called twice on one loss: its gradients were computed in the forward and have been "
-                "handed out. Compute the loss again, or add up everything that needs it and call backward() once"
+                "handed out. Compute the loss again, or add up all that needs it and call backward() once"
             )
-        # In place: a second d_weight would double the peak.  The factor stays fp32, where fp16's loss scale fits.
-        gradients = [None if given is None else given.mul_(grad_loss * ctx.unit) for given in ctx.gradients]
-        ctx.gradients = None
-        return *gradients, None, None, None
+        factor = grad_loss if ctx.unit is None else grad_loss * ctx.unit
+        gradients, ctx.gradients = ctx.gradients, None
+        if factor.is_cuda or float(factor) != 1.0:  # on a GPU the question would take longer than the product
+            # In place, since a second d_weight would double the peak; in fp32, since fp16 holds no loss scale.
+            gradients = [None if given is None else given.mul_(factor) for given in gradients]
+        return *gradients, None, None, None, None
 
 
-def differentiate_objective(
-    logps: Tensor, predictions: Predictions, objective: Objective
+def differentiate(
+    logps: Tensor, predictions: Predictions, objective: Objective, *, need_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, NLL, mean log-probabilities [2B], d loss / d logp [N]), all detached, from log-probabilities [N]."""
-    with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
+    """(loss, NLL, mean log-probabilities [2B], w = d loss / d logp [N]), all detached; w is zero if not needed."""
+    with torch.set_grad_enabled(need_w):
+        leaf = logps.detach().requires_grad_(need_w)
         loss, nll, means = combine(leaf, predictions, objective)
-        (w,) = torch.autograd.grad(loss, leaf)
+        w = torch.autograd.grad(loss, leaf)[0] if need_w else torch.zeros_like(logps)
     return loss.detach(), nll.detach(), means.detach(), w
 
 
-def normalize(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(w / unit, unit): the weights in a unit that keeps every product with them inside a 16-bit dtype.
+def in_safe_unit(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(w / unit, unit), with a unit in which every product with w stays inside fp16; None for 1.
 
     A token of a long batch weighs 1e-5 and less, below what fp16 holds to full precision.  In the unit chosen the
-    absolute weights sum to 32..64: no product w * hidden vanishes, and no sum over tokens can exceed 64 * max |hidden|.
+    absolute weights sum to 32..64: no product w * hidden vanishes, and no sum over tokens exceeds 64 * max |hidden|.
     The unit is a power of two, so nothing is rounded.
     """
-    if dtype.itemsize > 2:
-        return w, torch.ones((), dtype=w.dtype, device=w.device)
-    total = w.abs().sum().clamp(min=torch.finfo(torch.float32).tiny * 64)
+    if dtype != torch.float16:
+        return w, None
+    total = w.abs().sum().clamp(min=64 * torch.finfo(w.dtype).tiny)
     unit = torch.exp2(torch.ceil(torch.log2(total)) - 6)
     return w / unit, unit
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """How raw products become logits in base 2: `factor * raw`, or `factor * tanh(inner * raw)` with a soft-cap."""
+
+    factor: float
+    inner: float | None
+
+    @classmethod
+    def of(cls, options: HeadOptions) -> "Transform":
+        """From scale and soft-cap."""
+        log2_e = 1 / math.log(2)
+        if options.softcap is None:
+            return cls(factor=options.logit_scale * log2_e, inner=None)
+        return cls(factor=options.softcap * log2_e, inner=options.logit_scale / options.softcap)
+
+    @property
+    def derivative(self) -> float:
+        """d logit / d raw, in base e, at the origin: what remains of J when tanh's own slope is taken out."""
+        return self.factor * (self.inner or 1.0) * math.log(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How the [N, V] logits are cut."""
+
+    lines: int
+    """Lines per tile of the scan."""
+    columns: int
+    """Vocabulary entries per tile of the scan."""
+    block: int
+    """Lines that one product of the weight's gradient sums over."""
+    kept: int
+    """Tiles of the vocabulary whose probabilities are kept from the scan, for all lines."""
+
+    @classmethod
+    def plan(cls, hidden: Tensor, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
+        """Tiles that stay in a CPU's caches, or fill a GPU; and what the budget keeps."""
+        (count, width), vocabulary = hidden.shape, weight.shape[0]
+        lines, columns, block = (4096, 8192, 8192) if hidden.is_cuda else (512, 1024, 4096)
+        lines, columns, block = min(lines, max(count, 1)), min(columns, vocabulary), min(block, max(count, 1))
+        kept = 0
+        if trainable:
+            itemsize = working_dtype(hidden.dtype, hidden.device).itemsize
+            working_set = lines * columns * (4 + itemsize) + 4 * width * (count + 2 * lines + columns)
+            default = working_set + 2 * weight.numel() * itemsize if itemsize == 2 else 0
+            budget = default if options.memory_budget is None else options.memory_budget
+            kept = max(0, budget - working_set) // max(1, count * columns * itemsize)
+        return cls(lines=lines, columns=columns, block=block, kept=min(kept, -(-vocabulary // columns)))
+
+
+@dataclass(kw_only=True, eq=False)
+class Running:
+    """The state of the online softmax of some lines, updated in place; all [lines], fp32 or fp64."""
+
+    reference: Tensor
+    """The running maximum of the base-2 logits, rounded up."""
+    others: Tensor
+    """Sum of 2^(logit - reference) over the entries seen so far, the target left out."""
+    raw_sum: Tensor | None
+    """Sum of logits / factor, where means are asked for."""
+
+    def of(self, lines: slice) -> "Running":
+        """Views of some lines."""
+        raw_sum = None if self.raw_sum is None else self.raw_sum[lines]
+        return Running(reference=self.reference[lines], others=self.others[lines], raw_sum=raw_sum)
+
+
+class TileSteps(Protocol):
+    """The arithmetic on one tile: all that differs between plain PyTorch and a GPU kernel."""
+
+    def scan(
+        self,
+        raw: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        running: Running,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Takes `raw` [lines, columns] (overwritten) into `running`; writes E * slope, zero at the target, to `out`.
+
+        `targets` [lines] counts from the tile's first column and may lie outside.  `out` may be `raw`.  Returns
+        [lines]: the power of two by which moving the reference shrinks what was accumulated before.
+        """
+
+    def gradient(
+        self,
+        raw: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        reference: Tensor,
+        at_target: Tensor,
+        out: Tensor,
+    ) -> None:
+        """From `raw` [columns, lines] (overwritten): E * slope with `at_target` [lines] at the targets, to `out`."""
+
+
+class EagerSteps:
+    """`TileSteps` in plain PyTorch: in-place passes over a tile that fits the cache."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def _wide(self, raw: Tensor) -> Tensor:
+        """`raw` in fp32 (or fp64): itself, or a copy in memory that is used again for the next tile."""
+        # Tiles of new memory would be handed back to the system and faulted in again one by one.
+        if raw.dtype.itemsize > 2:
+            return raw
+        if self._memory is None or self._memory.numel() < raw.numel() or self._memory.device != raw.device:
+            self._memory = torch.empty(raw.numel(), dtype=torch.float32, device=raw.device)
+        return self._memory[: raw.numel()].view(raw.shape).copy_(raw)
+
+    def scan(
+        self,
+        raw: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        running: Running,
+        out: Tensor | None,
+    ) -> Tensor:
+        """See `TileSteps`."""
+        wide = _bent(self._wide(raw), None if bias is None else bias[None, :], transform)
+        if running.raw_sum is not None:
+            running.raw_sum += wide.sum(1)
+        highest = (wide.amax(1) * transform.factor).ceil_()
+        reference = torch.maximum(running.reference, highest)
+        shrink = torch.exp2(running.reference - reference)
+        slope = None if transform.inner is None else wide.square().neg_().add_(1.0)
+        tile = _powers(wide, reference[:, None], transform)
+        put(tile, 1, targets, 0.0)
+        running.others.mul_(shrink).add_(tile.sum(1))
+        running.reference.copy_(reference)
+        if slope is not None:
+            tile *= slope
+        if out is not None and out is not tile:
+            out.copy_(tile)
+        return shrink
+
+    def gradient(
+        self,
+        raw: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        reference: Tensor,
+        at_target: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `TileSteps`."""
+        wide = _bent(self._wide(raw), None if bias is None else bias[:, None], transform)
+        slope = None if transform.inner is None else wide.square().neg_().add_(1.0)
+        tile = _powers(wide, reference[None, :], transform)
+        if slope is not None:
+            tile *= slope
+        put(tile, 0, targets, at_target)
+        if out is not tile:
+            out.copy_(tile)
+
+
+def _bent(raw: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """raw + bias, then tanh(inner * ...) where there is a soft-cap; in place."""
+    if bias is not None:
+        raw += bias
+    if transform.inner is not None:
+        raw.mul_(transform.inner).tanh_()
+    return raw
+
+
+def _powers(raw: Tensor, reference: Tensor, transform: Transform) -> Tensor:
+    """2^(factor * raw - reference), in place."""
+    # One fused multiply-add.  Base 2, because torch.exp may take twenty times as long as torch.exp2 (MKL on AMD).
+    return torch.add(-reference, raw, alpha=transform.factor, out=raw).exp2_()
+
+
+def put(tile: Tensor, dim: int, targets: Tensor, values: Tensor | float) -> None:
+    """tile[t, targets[t]] = values[t], or tile[targets[t], t] for dim 0; nothing for targets outside of the tile."""
+    width = tile.shape[dim]
+    inside = ((targets >= 0) & (targets < width)).unsqueeze(dim)
+    index = targets.clamp(0, width - 1).unsqueeze(dim)
+    if isinstance(values, Tensor):
+        values = values.to(tile.dtype).unsqueeze(dim)
+    # One index per line, so that scatter has no two writers; no mask indexing, which would wait for a GPU.
+    tile.scatter_(dim, index, torch.where(inside, values, tile.gather(dim, index)))
+
+
+def _cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """Slices of at most `step` that cover start..stop."""
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+@dataclass(kw_only=True, eq=False)
+class _Kept:
+    """E * slope of the first tiles of the vocabulary, zero at targets."""
+
+    columns: list[slice]
+    tiles: list[Tensor]
+    """[N, columns] each, working dtype."""
+    references: list[Tensor]
+    """[N]: the reference at which each tile was made."""
+
+
+@dataclass(kw_only=True, eq=False)
 class _Scan:
-    """What the first pass leaves behind, all [N] and at least fp32."""
+    """What the scan leaves behind; [N] and fp32 or fp64 unless said otherwise."""
 
     logps: Tensor
-    log_sum_exp: Tensor
-    target_slope: Tensor
-    logit_means: Tensor
-    expected_rows: Tensor | None
-    """[N, H]: (p * J) @ weight, where the gradient of hidden is asked for."""
+    reference: Tensor
+    """Integers r for which the sum of 2^(logit - r) lies in [0.5, 1)."""
+    total: Tensor
+    """That sum, target included."""
+    others: Tensor
+    """That sum without the target, so that others / total = 1 - p[token]."""
+    target_slope: Tensor | None
+    """tanh's slope at the target logit, with a soft-cap."""
+    logit_means: Tensor | None
+    hidden: Tensor | None
+    """[N, H]: d logp / d hidden up to `Transform.derivative`, where asked for."""
+    kept: _Kept
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class _Head:
     """One call's inputs, and the passes over their tiles."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    tokens: Tensor
-    softcap: float | None
-    scale: float
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        transform: Transform,
+        tiling: Tiling,
+        steps: TileSteps,
+    ) -> None:
+        self.dtype = working_dtype(hidden.dtype, hidden.device)
+        self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.hidden, self.weight, self.tokens = hidden.to(self.dtype), weight, tokens
+        self.bias = None if bias is None else bias.to(self.wide)
+        self.transform, self.tiling, self.steps = transform, tiling, steps
+        self._memory: Tensor | None = None
 
     def scan(self, *, need_hidden: bool, need_means: bool) -> _Scan:
-        """The pass over all tiles that every call needs; see the module's docstring, pass 1."""
-        parts = [
-            self._scan_tokens(slice(start, start + _TOKENS), need_hidden, need_means)
-            for start in range(0, self.hidden.shape[0], _TOKENS)
-        ]
-        if not parts:
-            empty = self.hidden.new_zeros(0, dtype=self._dtype())
-            rows = self.hidden.new_zeros(0, self.hidden.shape[1], dtype=self._dtype()) if need_hidden else None
-            return _Scan(
-                logps=empty, log_sum_exp=empty, target_slope=empty, logit_means=empty.clone(), expected_rows=rows
-            )
-        return _Scan(
-            logps=torch.cat([part.logps for part in parts]),
-            log_sum_exp=torch.cat([part.log_sum_exp for part in parts]),
-            target_slope=torch.cat([part.target_slope for part in parts]),
-            logit_means=torch.cat([part.logit_means for part in parts]),
-            expected_rows=torch.cat([cast(Tensor, part.expected_rows) for part in parts]) if need_hidden else None,
+        """The pass over all tiles that every call needs."""
+        target, target_slope = self._target_logits()
+        running = Running(
+            reference=target.ceil(),
+            others=torch.zeros_like(target),
+            raw_sum=torch.zeros_like(target) if need_means else None,
         )
-
-    def _scan_tokens(self, lines: slice, need_hidden: bool, need_means: bool) -> _Scan:
-        hidden, tokens = self.hidden[lines], self.tokens[lines]
-        count, vocabulary = hidden.shape[0], self.weight.shape[0]
-        target = hidden.new_zeros(count, dtype=self._dtype())
-        top = torch.full_like(target, -torch.inf)
-        total, sums = torch.zeros_like(target), torch.zeros_like(target)
-        expected = hidden.new_zeros(hidden.shape, dtype=self._dtype()) if need_hidden else None
-        for start in range(0, vocabulary, _VOCABULARY):
-            columns = slice(start, min(start + _VOCABULARY, vocabulary))
-            logits = self._logits(hidden, columns)
-            inside = (tokens >= start) & (tokens < columns.stop)
-            local = (tokens - start).clamp(0, columns.stop - start - 1)
-            target += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
-            if need_means:
-                sums += logits.sum(1)
-            higher = torch.maximum(top, logits.amax(1))
-            shrink = (top - higher).exp()
-            top = higher
-            slope = self._slope(logits)
-            probabilities = logits.sub_(top[:, None]).exp_()
-            total = total * shrink + probabilities.sum(1)
+        count = self.hidden.shape[0]
+        tiles = list(_cut(self.weight.shape[0], self.tiling.columns))
+        keep = tiles[: self.tiling.kept]
+        kept = _Kept(
+            columns=keep,
+            tiles=[self.hidden.new_empty(count, tile.stop - tile.start) for tile in keep],
+            references=[torch.empty_like(target) for _ in keep],
+        )
+        expected = torch.empty_like(self.hidden, dtype=self.wide) if need_hidden else None
+        for lines in _cut(count, self.tiling.lines):
+            self._scan_lines(lines, tiles, running, kept, expected)
             if expected is not None:
-                if slope is not None:
-                    probabilities *= slope
-                expected *= shrink[:, None]
-                expected += probabilities.to(hidden.dtype) @ self.weight[columns]
-        log_sum_exp = top + total.log()
-        if expected is not None:
-            expected /= total[:, None]
-        slope = self._slope(target)
+                self._finish_hidden(lines, target, target_slope, running, expected)
+        return self._finish(target, target_slope, running, kept, expected)
+
+    def _target_logits(self) -> tuple[Tensor, Tensor | None]:
+        """[N]: each line's target logit in base 2, by a dot product in fp32, and tanh's slope there."""
+        raw = torch.empty_like(self.tokens, dtype=self.wide)
+        for lines in _cut(self.hidden.shape[0], self.tiling.lines):
+            targets = self.weight[self.tokens[lines]].to(self.wide)
+            raw[lines] = targets.mul_(self.hidden[lines]).sum(1)
+        bent = _bent(raw, None if self.bias is None else self.bias[self.tokens], self.transform)
+        slope = None if self.transform.inner is None else 1.0 - bent.square()
+        return bent * self.transform.factor, slope
+
+    def _scan_lines(
+        self, lines: slice, tiles: list[slice], running: Running, kept: "_Kept", expected: Tensor | None
+    ) -> None:
+        """The tiles of some lines; leaves sum(E * slope) @ weight, unscaled, in `expected`."""
+        hidden, tokens, here = self.hidden[lines], self.tokens[lines], running.of(lines)
+        for index, columns in enumerate(tiles):
+            weight = self.weight[columns].to(self.dtype)
+            raw = self._raw(hidden, weight)
+            out = None
+            if index < len(kept.tiles):
+                out = kept.tiles[index][lines]
+            elif expected is not None:
+                out = self._like(raw)
+            bias = None if self.bias is None else self.bias[columns]
+            shrink = self.steps.scan(raw, bias, tokens - columns.start, self.transform, here, out)
+            if index < len(kept.tiles):
+                kept.references[index][lines] = here.reference
+            if expected is not None and out is not None:
+                product = times_transposed(out, weight.T)
+                if index == 0:
+                    expected[lines] = product
+                else:
+                    expected[lines].mul_(shrink[:, None]).add_(product)
+
+    def _finish_hidden(
+        self, lines: slice, target: Tensor, target_slope: Tensor | None, running: Running, expected: Tensor
+    ) -> None:
+        """From sum(E * slope) @ weight to ((1 - p[token]) * slope[token] * weight[token] - that / sum)."""
+        here, rows = running.of(lines), expected[lines]
+        share = here.others if target_slope is None else here.others * target_slope[lines]
+        targets = self.weight[self.tokens[lines]].to(self.wide).mul_(share[:, None])
+        total = here.others + torch.exp2(target[lines] - here.reference)
+        torch.sub(targets, rows, out=rows).div_(total[:, None])
+
+    def _finish(
+        self,
+        target: Tensor,
+        target_slope: Tensor | None,
+        running: Running,
+        kept: _Kept,
+        hidden: Tensor | None,
+    ) -> _Scan:
+        at_target = torch.exp2(target - running.reference)
+        total = running.others + at_target
+        # Equal expressions: the first loses no digits where p > 1/2, the second where `at_target` has vanished.
+        likely = -torch.log1p(running.others / at_target)
+        unlikely = (target - running.reference) * math.log(2) - total.log()
+        _, exponent = torch.frexp(total)
+        shift = torch.exp2(-exponent.to(self.wide))
+        means = running.raw_sum
         return _Scan(
-            logps=target - log_sum_exp,
-            log_sum_exp=log_sum_exp,
-            target_slope=torch.ones_like(target) if slope is None else slope,
-            logit_means=sums / vocabulary,
-            expected_rows=expected,
+            logps=torch.where(running.others < at_target, likely, unlikely),
+            reference=running.reference + exponent,
+            total=total * shift,
+            others=running.others * shift,
+            target_slope=target_slope,
+            logit_means=None if means is None else means * (self.transform.factor * math.log(2) / len(self.weight)),
+            hidden=hidden,
+            kept=kept,
         )
 
-    def hidden_gradient(self, first: _Scan, w: Tensor) -> Tensor:
-        """[N, H]: scale * w * (J[token] * weight[token] - (p * J) @ weight)."""
-        assert first.expected_rows is not None
-        gradient = self.weight[self.tokens] * first.target_slope[:, None]
-        return gradient.sub_(first.expected_rows).mul_((w * self.scale)[:, None])
+    def hidden_gradient(self, scan: _Scan, w: Tensor) -> Tensor:
+        """[N, H] in the dtype of the weight; uses up `scan.hidden`."""
+        assert scan.hidden is not None
+        gradient = scan.hidden.mul_((w * self.transform.derivative)[:, None]).to(self.weight.dtype)
+        scan.hidden = None
+        return gradient
 
-    def weight_gradient(
-        self, first: _Scan, w: Tensor, *, need_weight: bool, need_bias: bool
+    def weight_gradients(
+        self, scan: _Scan, w: Tensor, *, need_weight: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """d weight [V, H] and d bias [V]: one block of the vocabulary after the other, over all tokens."""
-        vocabulary = self.weight.shape[0]
-        scaled = w * self.scale
-        weighted = self.hidden * scaled[:, None].to(self.hidden.dtype)
+        """d weight [V, H] and d bias [V], each block written once; uses up `scan.kept`."""
+        if not need_weight and not need_bias:
+            return None, None
+        coefficients = (w * -self.transform.derivative).div_(scan.total)
+        weighted = (self.hidden * coefficients[:, None]).to(self.dtype)
         d_weight = torch.empty_like(self.weight) if need_weight else None
-        d_bias = None if self.bias is None or not need_bias else torch.empty_like(self.bias)
-        for start in range(0, vocabulary, _VOCABULARY):
-            columns = slice(start, min(start + _VOCABULARY, vocabulary))
-            gradient = self._gradient(first, columns)
-            if d_bias is not None:
-                d_bias[columns] = (scaled @ gradient).to(d_bias.dtype)
-            if d_weight is not None:
-                torch.mm(gradient.to(weighted.dtype).T, weighted, out=d_weight[columns])
+        d_bias = torch.empty_like(self.weight[:, 0]) if need_bias else None
+        for columns, blocks in self._gradient_tiles(scan):
+            of_weight = of_bias = None
+            for lines, tile in blocks:
+                if d_weight is not None:
+                    out = d_weight[columns] if lines.stop - lines.start == len(weighted) else None
+                    of_weight = _plus(of_weight, times_transposed(tile, weighted[lines].T, out))
+                if d_bias is not None:
+                    of_bias = _plus(of_bias, tile.to(self.wide) @ coefficients[lines])
+            if d_weight is not None and of_weight is not None and len(weighted) > self.tiling.block:
+                d_weight[columns] = of_weight
+            if d_bias is not None and of_bias is not None:
+                d_bias[columns] = of_bias
         return d_weight, d_bias
 
-    def _gradient(self, first: _Scan, columns: slice) -> Tensor:
-        """G [N, columns]."""
-        logits = self._logits(self.hidden, columns)
-        slope = self._slope(logits)
-        gradient = logits.sub_(first.log_sum_exp[:, None]).exp_().neg_()
-        inside = (self.tokens >= columns.start) & (self.tokens < columns.stop)
-        local = (self.tokens - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
-        gradient.scatter_(1, local, gradient.gather(1, local) + inside[:, None])
-        return gradient if slope is None else gradient.mul_(slope)
+    def _gradient_tiles(self, scan: _Scan) -> Iterator[tuple[slice, Iterable[tuple[slice, Tensor]]]]:
+        """(columns, ((lines, tile [columns, lines]), ...)): minus `total` times the derivative of logp by raw logits."""
+        at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
+        count, kept = len(self.hidden), scan.kept
+        done = kept.columns[-1].stop if kept.columns else 0
+        for index, columns in enumerate(kept.columns):
+            tile, kept.tiles[index] = kept.tiles[index], self.hidden.new_empty(0)
+            tile *= torch.exp2(kept.references[index] - scan.reference)[:, None].to(self.dtype)
+            put(tile, 1, self.tokens - columns.start, at_target)
+            yield columns, [(slice(0, count), tile.T)]
+        width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
+        for columns in _cut(len(self.weight), width, start=done):
+            blocks = _cut(count, self.tiling.block)
+            yield columns, ((lines, self._again(scan, columns, lines, at_target)) for lines in blocks)
 
-    def _logits(self, hidden: Tensor, columns: slice) -> Tensor:
-        """Final logits [tokens, columns], at least fp32, in memory of their own."""
-        logits = at_least_fp32(hidden @ self.weight[columns].T)
-        if self.bias is not None:
-            logits += self.bias[columns]
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+    def _again(self, scan: _Scan, columns: slice, lines: slice, at_target: Tensor) -> Tensor:
+        # Transposed, because then both this product and the one with `weighted` read their operands as they lie.
+        raw = self._raw(self.weight[columns].to(self.dtype), self.hidden[lines])
+        out = self._like(raw)
+        self.steps.gradient(
+            raw,
+            None if self.bias is None else self.bias[columns],
+            self.tokens[lines] - columns.start,
+            self.transform,
+            scan.reference[lines],
+            at_target[lines],
+            out,
+        )
+        return out
 
-    def _slope(self, logits: Tensor) -> Tensor | None:
-        """The soft-cap's derivative from its own value: 1 - (l / c)^2."""
-        return None if self.softcap is None else 1.0 - (logits / self.softcap).square()
+    def _raw(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b.T of one tile; on CPUs in memory that the next tile overwrites."""
+        if self.dtype != torch.bfloat16 or a.is_cuda:
+            return times_transposed(a, b)
+        size = len(a) * len(b)
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = a.new_empty(size)
+        return times_transposed(a, b, self._memory[:size].view(len(a), len(b)))
 
-    def _dtype(self) -> torch.dtype:
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+    def _like(self, raw: Tensor) -> Tensor:
+        """Where a tile goes to be multiplied: `raw` itself unless it is too wide."""
+        return raw if raw.dtype == self.dtype else torch.empty_like(raw, dtype=self.dtype)
+
+
+def _plus(total: Tensor | None, product: Tensor) -> Tensor:
+    """Sums of partial products, in fp32 from the second on."""
+    return product if total is None else at_least_fp32(total).add_(product)

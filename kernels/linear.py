@@ -83,8 +83,9 @@ def linear_orpo_loss(
     per_pair = pair_loss or functools.partial(odds_ratio_loss, beta=beta, odds_temperature=odds_temperature)
     objective = Objective(
         nll_weights=predictions.in_nll.float() / (counted.clamp(min=1) if nll_tokens is None else nll_tokens),
-        pair_loss=lambda pairs: _summed(per_pair(pairs), pairs)
-        / (predictions.num_pairs if num_pairs is None else num_pairs),
+        pair_loss=lambda pairs: (
+            _summed(per_pair(pairs), pairs) / (predictions.num_pairs if num_pairs is None else num_pairs)
+        ),
     )
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, memory_budget=memory_budget)
     result = chosen_kernel.compute(rows, weight, bias, predictions, objective, options)
@@ -114,15 +115,17 @@ def _summed(per_pair: Tensor, pairs: PairLogps) -> Tensor:
 def _check_transform(softcap: float | None, logit_scale: float) -> None:
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ConfigError(f"softcap is {softcap}: it must be a finite number > 0, or None for no soft-cap")
-    if not 0 < abs(logit_scale) < float("inf"):
-        raise ConfigError(f"logit_scale is {logit_scale}: it must be a finite number other than 0")
+    if not 0 < logit_scale < float("inf"):
+        raise ConfigError(f"logit_scale is {logit_scale}: it must be a finite number > 0")
 
 
 def _check_shapes(
     hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor | None, bias: Tensor | None
 ) -> None:
     if hidden.ndim != 3 or hidden.shape[0] == 0:
-        raise BatchError(f"hidden has shape {tuple(hidden.shape)}: expected [2B, T, H], chosen rows before rejected ones")
+        raise BatchError(
+            f"hidden has shape {tuple(hidden.shape)}: expected [2B, T, H], chosen rows before rejected ones"
+        )
     if hidden.shape[0] % 2:
         raise BatchError(
             f"hidden has {hidden.shape[0]} rows, an odd number: expected B chosen rows and then B rejected ones"

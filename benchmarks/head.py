@@ -1,0 +1,306 @@
+"""Time and peak memory of the ORPO head, against every peer that is installed.
+
+    python benchmarks/head.py                    # the CPU or GPU table, with progress; JSON and plot when done
+    python benchmarks/head.py --curve            # time against memory_budget instead
+    python benchmarks/head.py --accuracy         # distance from float64 instead
+
+Each variant runs in a fresh process.  Time: the least over the repeats, on a CPU process-CPU seconds divided by the
+threads, on a GPU elapsed seconds.  Memory: peak above the inputs, returned gradients included; on a CPU resident
+memory (Linux), on a GPU what the allocator handed out.  A first call, not counted, compiles what compiles.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from head_peers import PEERS, Peer, ours_with_budget
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "triton")
+
+
+def main() -> None:
+    """The parent: one child per cell and variant, then the table."""
+    arguments = parse()
+    if arguments.child:
+        print(json.dumps(measure(json.loads(arguments.child))))
+        return
+    cells = list(plan(arguments))
+    rows: list[dict[str, Any]] = []
+    for number, cell in enumerate(cells, 1):
+        started = time.monotonic()
+        row = cell | run_child(cell, arguments.timeout)
+        rows.append(row)
+        print(f"[{number}/{len(cells)}] {describe(row)}  ({time.monotonic() - started:.0f} s)", flush=True)
+        write(arguments, rows)
+    print(table(rows))
+    plot(arguments, rows)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[128256] if cuda else [32000, 128256])
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["bf16"] if cuda else ["fp32", "bf16"])
+    parser.add_argument("--head", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 4, 8] if cuda else [2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096] if cuda else [512])
+    parser.add_argument("--hidden", type=int, default=4096 if cuda else 512)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds per variant")
+    parser.add_argument("--curve", action="store_true", help="time against memory_budget, ours alone")
+    parser.add_argument("--accuracy", action="store_true", help="distance from float64 on a small case")
+    parser.add_argument("--name", default=None, help="stem of the files under benchmarks/results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.accuracy:
+        arguments.vocabulary, arguments.pairs, arguments.tokens = [8191], [2], [128]
+    if arguments.name is None:
+        kind = "curve" if arguments.curve else "accuracy" if arguments.accuracy else "gpu" if cuda else "cpu"
+        arguments.name = f"head_{kind}"
+    return arguments
+
+
+def plan(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every cell of the table with every variant."""
+    axes = (arguments.head, arguments.vocabulary, arguments.dtype, arguments.pairs, arguments.tokens)
+    for head, vocabulary, dtype, pairs, tokens in itertools.product(*axes):
+        cell = {
+            "head": head,
+            "vocabulary": vocabulary,
+            "dtype": dtype,
+            "pairs": pairs,
+            "tokens": tokens,
+            "hidden": arguments.hidden,
+            "repeats": arguments.repeats,
+            "accuracy": arguments.accuracy,
+        }
+        if arguments.curve:
+            lines = 3 * pairs * tokens // 2
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+                budget = int(share * lines * vocabulary * DTYPES[dtype].itemsize * 1.05) + 40 * 2**20
+                yield cell | {"peer": f"ours, budget {budget / 2**20:.0f} MiB", "budget": budget}
+        else:
+            yield from (cell | {"peer": peer} for peer in arguments.peers)
+
+
+def run_child(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """What `measure` prints in a process of its own, or why there is nothing."""
+    command = [sys.executable, __file__, "--child", json.dumps(cell)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": lines[-1][:200]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """One variant of one cell."""
+    peer = ours_with_budget(cell["budget"]) if "budget" in cell else PEERS[cell["peer"]]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hidden, weight, labels, nll_labels = inputs(cell, device)
+    if cell["accuracy"]:
+        return distances(peer, hidden, weight, labels, nll_labels)
+    step(peer, hidden, weight, labels, nll_labels)
+    meter = GPUMeter() if device.type == "cuda" else CPUMeter()
+    memory, seconds = 0.0, []
+    for repeat in range(cell["repeats"]):
+        hidden.grad = weight.grad = None
+        meter.start()
+        step(peer, hidden, weight, labels, nll_labels)
+        elapsed, peak = meter.stop()
+        seconds.append(elapsed)
+        memory = peak if repeat == 0 else memory
+    return {"seconds": min(seconds), "median_seconds": sorted(seconds)[len(seconds) // 2], "peak_mib": memory / 2**20}
+
+
+def inputs(cell: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Rows of `tokens` positions, the first half a prompt, the last one predicting nothing; NLL over the sequence.
+
+    Logits have a standard deviation of about 3 with the target raised, as in a trained model.
+    """
+    torch.manual_seed(0)
+    rows, tokens, width, vocabulary = 2 * cell["pairs"], cell["tokens"], cell["hidden"], cell["vocabulary"]
+    dtype = DTYPES[cell["dtype"]]
+    weight = torch.randn(vocabulary, width, device=device, dtype=dtype).mul_(3 * width**-0.5)
+    labels = torch.randint(vocabulary, (rows, tokens), device=device)
+    hidden = torch.randn(rows, tokens, width, device=device, dtype=dtype)
+    hidden += weight[labels]
+    labels[:, -1] = -100
+    nll_labels = labels[: cell["pairs"]].clone()
+    labels[:, : tokens // 2] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(cell["head"] == "trainable"), labels, nll_labels
+
+
+def step(peer: Peer, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, nll: torch.Tensor) -> float:
+    """One forward and backward."""
+    loss = peer(hidden, weight, labels, nll)
+    loss.backward()
+    return float(loss.detach())
+
+
+def distances(
+    peer: Peer, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, nll: torch.Tensor
+) -> dict[str, Any]:
+    """Relative distance (Euclidean norm) of loss and gradients from float64 arithmetic on the same inputs."""
+    from orpo_plugins import linear_orpo_loss
+
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (hidden, weight)]
+    expected = linear_orpo_loss(exact[0], exact[1], labels, nll_labels=nll, kernel="reference").loss
+    expected.backward()
+    loss = step(peer, hidden, weight, labels, nll)
+    result: dict[str, Any] = {"loss_error": abs(loss / float(expected.detach()) - 1)}
+    for name, tensor, reference in (("hidden", hidden, exact[0]), ("weight", weight, exact[1])):
+        if tensor.grad is not None and reference.grad is not None:
+            difference = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
+            result[f"{name}_gradient_error"] = float(difference)
+    return result
+
+
+class CPUMeter:
+    """Process-CPU seconds per thread, and peak resident bytes above the start."""
+
+    def start(self) -> None:
+        """Gives freed memory back to the system, so that the peak does not hide in it."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        self.resident, self.began = self._status("VmRSS"), time.process_time()
+
+    def stop(self) -> tuple[float, float]:
+        """(seconds, bytes)."""
+        seconds = (time.process_time() - self.began) / torch.get_num_threads()
+        return seconds, self._status("VmHWM") - self.resident
+
+    def _status(self, key: str) -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return float(line.split()[1]) * 1024
+
+
+class GPUMeter:
+    """Elapsed seconds between device events, and peak allocated bytes above the start."""
+
+    def start(self) -> None:
+        """Waits for the device and resets its counters."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.allocated = torch.cuda.memory_allocated()
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.begin.record()
+
+    def stop(self) -> tuple[float, float]:
+        """(seconds, bytes)."""
+        self.end.record()
+        torch.cuda.synchronize()
+        return self.begin.elapsed_time(self.end) / 1e3, float(torch.cuda.max_memory_allocated() - self.allocated)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One variant in one line."""
+    where = f"{row['head']}, {row['vocabulary']} {row['dtype']}, {row['pairs']} x {row['tokens']}, {row['peer']}"
+    if "error" in row:
+        return f"{where}: {row['error']}"
+    if "seconds" in row:
+        return f"{where}: {row['seconds']:.4g} s, {row['peak_mib']:.0f} MiB"
+    return f"{where}: " + ", ".join(f"{key} {value:.1e}" for key, value in row.items() if key.endswith("_error"))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Peers down, cells across; "seconds / MiB"."""
+    cells = list(dict.fromkeys(_cell(row) for row in rows))
+    lines = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        found = {_cell(row): row for row in rows if row["peer"] == peer}
+        lines.append(f"| {peer} | " + " | ".join(_entry(found.get(cell)) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['head']} {row['vocabulary'] // 1000}k {row['dtype']} {row['pairs']} x {row['tokens']}"
+
+
+def _entry(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "seconds" in row:
+        return f"{row['seconds']:.3g} / {row['peak_mib']:.0f}"
+    errors = [f"{value:.1e}" for key, value in row.items() if key.endswith("_error")]
+    return " / ".join(errors) or "failed"
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Machine, versions, command and rows, after every variant."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "command": " ".join(["python", "benchmarks/head.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> str:
+    """The GPU, or the CPU's model."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{model[0].split(':')[1].strip() if model else platform.processor()}, {len(model)} cores"
+
+
+def version(package: str) -> str | None:
+    """Installed version, None where absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def plot(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Memory against time, one panel per cell."""
+    rows = [row for row in rows if "seconds" in row]
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    cells = list(dict.fromkeys(_cell(row) for row in rows))
+    if not cells:
+        return
+    across = min(4, len(cells))
+    down = -(-len(cells) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.2 * down), squeeze=False, layout="constrained")
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        for row in (row for row in rows if _cell(row) == cell):
+            marker = "*" if row["peer"].startswith("ours") else "o"
+            color = f"C{peers.index(row['peer'])}"
+            axis.plot(row["seconds"], row["peak_mib"], marker, color=color, markersize=9, label=row["peer"])
+        axis.set(title=cell, xlabel="seconds", ylabel="peak MiB above inputs", xscale="log", yscale="log")
+        axis.title.set_fontsize(9)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(RESULTS / f"{arguments.name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

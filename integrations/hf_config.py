@@ -50,6 +50,9 @@ class ORPOOwnFields:
             "(microbatch), or mean per answer, then over pairs (pair)."
         },
     )
+    layout_check: bool = field(
+        default=True, metadata={"help": "Compare the layout with padded on two rows before training."}
+    )
     loss_terms: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Per-pair terms of plugins to add, as {name: weight}."}
     )

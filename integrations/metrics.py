@@ -21,7 +21,10 @@ class MetricSums:
         for name, (total, weight) in figures.items():
             # fp32 on devices without fp64 (MPS); elsewhere fp64, so that a million small terms still add up.
             dtype = torch.float32 if total.device.type == "mps" else torch.float64
-            entry = torch.stack([total.to(dtype), torch.as_tensor(weight, dtype=dtype, device=total.device)])
+            total = total.to(dtype)
+            # new_full fills on the device; a tensor made from a Python number would be copied there.
+            count = weight.to(total) if isinstance(weight, Tensor) else total.new_full((), weight)
+            entry = torch.stack([total, count])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def pop(self, accelerator: "object | None" = None) -> dict[str, float]:

@@ -1,14 +1,18 @@
-"""The four methods of transformers' `Trainer` that ORPO changes, as a mixin.
+"""The methods of transformers' `Trainer` that ORPO changes, as a mixin.
 
 `ORPOTrainer`, Axolotl's trainer and `fuse_head` for a stock `Trainer` all are this mixin over their own base.
 """
 
+import itertools
 import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orpo_plugins import plugins
+from orpo_plugins.collator import ORPOCollator, pad_token_id
+from orpo_plugins.errors import ModelError
 from orpo_plugins.forward import (
     Denominators,
     ORPOOptions,
@@ -17,6 +21,7 @@ from orpo_plugins.forward import (
     predictions_of,
 )
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
+from orpo_plugins.layout_check import check_layout
 from orpo_plugins.objective import ORPOOutput
 
 logger = logging.getLogger(__name__)
@@ -36,6 +41,7 @@ class ORPOMethods:
         self.orpo_options = options
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None
+        self._layout_is_checked = not getattr(self.args, "layout_check", True)
         # Who divides by the number of micro-batches: for "microbatch" the Trainer, else our denominators have done it.
         # transformers reads loss_is_scaled_for_ga since 5.19 and model_accepts_loss_kwargs (with a token count) before.
         scaled = options.nll_normalization != "microbatch"
@@ -49,12 +55,38 @@ class ORPOMethods:
         if not batches:
             return batches, None
         counts = [predictions_of(batch) for batch in batches]
-        tokens = torch.stack([predictions.in_nll.sum() for predictions in counts]).sum().to(device)
-        pairs = torch.tensor(sum(predictions.num_pairs for predictions in counts), device=device)
+        tokens = torch.stack([predictions.in_nll.sum() for predictions in counts]).sum().to(device).float()
+        pairs = tokens.new_full((), sum(predictions.num_pairs for predictions in counts))
         # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
-        totals = self.accelerator.reduce(torch.stack([tokens, pairs]).float(), reduction="mean")
+        totals = self.accelerator.reduce(torch.stack([tokens, pairs]), reduction="mean")
         self._step_totals = Denominators(nll_tokens=totals[0].clamp(min=1), num_pairs=totals[1])
         return batches, totals[0]
+
+    def get_train_dataloader(self) -> Any:
+        """Checks the layout first, where the model is whole; a loader's workers take the layout along."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
+            self._check_layout(self.model, may_fall_back=getattr(self.args, "layout", None) == "auto")  # type: ignore[attr-defined]
+        return super().get_train_dataloader()  # type: ignore[misc]
+
+    def _check_layout(self, model: nn.Module, *, may_fall_back: bool) -> None:
+        """Two rows through the layout and through *padded*, once per run.
+
+        Raises `ModelError` with the finding where they differ, unless another layout may be taken instead.
+        """
+        collator = self.data_collator  # type: ignore[attr-defined]
+        if self._layout_is_checked or not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
+            return
+        self._layout_is_checked = True
+        pairs = collator.pairs(list(itertools.islice(self.train_dataset, 2)))  # type: ignore[attr-defined]
+        pad = pad_token_id(collator.tokenizer)
+        report = check_layout(model, pairs, collator.layout, pad_token_id=pad, nll_over=collator.nll_over)
+        if report.passed:
+            logger.info("%s", report.message())
+        elif may_fall_back:
+            logger.warning("%s. layout='auto' goes on with 'padded'", report.message())
+            collator.layout = plugins.layout("padded")
+        else:
+            raise ModelError(report.message())
 
     def compute_loss(
         self,
@@ -64,6 +96,7 @@ class ORPOMethods:
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one micro-batch; its figures go into the running sums."""
+        self._check_layout(model, may_fall_back=False)
         output = self.orpo_output(model, inputs, "train")
         loss = output.loss.to(self.args.device)
         return (loss, output) if return_outputs else loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orpo_plugins import plugins
 from orpo_plugins.forward import orpo_forward, predictions_of
-from orpo_plugins.head import output_head, unwrap_model
+from orpo_plugins.head import head_options, output_head, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -72,6 +72,7 @@ def check_layout(
     layouts = (plugins.layout("padded"), layout)
     device = next(model.parameters()).device
     batches = [_to(one.collate(pairs, pad_token_id=pad_token_id, nll_over=nll_over), device) for one in layouts]
+    head_options(model, batches[0]["input_ids"])  # its probe must not pass by the hooks below
     with torch.no_grad(), _evaluating(model):
         runs = [_run(model, one, batch) for one, batch in zip(layouts, batches, strict=True)]
         (expected, loss), (found, other_loss) = runs

@@ -97,7 +97,14 @@ def span_attention(
     """What a layer calls: [1, heads, S, d] queries, keys and values in, [1, S, heads, d] out."""
     spans = kwargs.pop(SPANS, None)
     if spans is None:
+        if _masks_off.get():
+            raise ModelError(
+                f"{type(module).__name__} was not given the keyword {SPANS!r} that its model was called with: some layer "
+                "does not pass keywords on. Use layout='padded'"
+            )
         return _replaced(module, original)(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and _masks_off.get():
+        raise ModelError(f"{type(module).__name__} makes an attention mask of its own: use layout='padded'")
     return attend(query, key, value, spans, **_options(module, kwargs)), None
 
 
@@ -171,7 +178,7 @@ def _options(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {
         "scale": kwargs.get("scaling"),
         "dropout": kwargs.get("dropout") or 0.0,
-        "window": kwargs.get("sliding_window"),
+        "window": kwargs.get("sliding_window") or None,
         "softcap": kwargs.get("softcap"),
         "sinks": kwargs.get("s_aux"),
     }

@@ -6,23 +6,30 @@ and says it in words.  What it cannot see (an attention class that ignores a key
 the first batch, `orpo_plugins/layout_check.py`.
 """
 
+import ast
+import functools
 import inspect
 import re
-import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from orpo_plugins.head import unwrap_model
+from orpo_plugins.head import _is_encoder_only, unwrap_model
 from orpo_plugins.integrations.attention import NOT_UNDERSTOOD, PREFIX, REPLACEABLE, configs
 
+FAMILIES = {
+    "blt": "it joins bytes to patches along the row",
+    "doge": "it makes attention masks from its values",
+    "xlnet": "it has no causal order of its own",
+}
+"""What no layer shows, by model type."""
 LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 """Values of a configuration's `layer_types` whose tokens meet in attention alone."""
 _CARRIES_STATE = re.compile(
-    r"mamba|ssm|recurrent|rglru|rwkv|xlstm|mlstm|slstm|deltanet|linearattention|lightningattention|shortconv|convolution"
-    r"|conv1d$|retention|kda|hyena",
-    re.IGNORECASE,
+    r"Mamba|SSM|Recurrent|RGLRU|R[Ww][Kk][Vv]|xLSTM|mLSTM|sLSTM|DeltaNet|Linear_?Attention|LightningAttention|ShortConv"
+    r"|Convolution|Conv1[dD]$|Retention|KDA|KimiDelta|Hyena"
 )
 _POINTWISE = {"transformers.pytorch_utils.Conv1D"}
 """Named like something that mixes tokens, yet a linear layer (GPT-2)."""
@@ -38,7 +45,7 @@ def _reasons(model: nn.Module, inner: nn.Module) -> Iterator[str | None]:
     yield _adapter(model)
     yield _architecture(inner)
     yield _implementation(inner)
-    yield _layer_types(inner)
+    yield unsupported_layer_types(_text_config(inner))
     yield from (_module(name, module) for name, module in inner.named_modules())
     yield _attention_classes(inner)
 
@@ -63,6 +70,10 @@ def _architecture(inner: nn.Module) -> str | None:
     config = inner.config
     if getattr(config, "is_encoder_decoder", False):
         return f"{type(inner).__name__} is an encoder-decoder model"
+    if _is_encoder_only(inner):
+        return f"{type(inner).__name__} attends in both directions unless its configuration says is_decoder"
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
     text = config.get_text_config()
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "it attends in both directions"
@@ -82,14 +93,17 @@ def _implementation(inner: nn.Module) -> str | None:
                 f"its attention implementation {original!r} may mean something else than softmax attention; "
                 f"known are {', '.join(REPLACEABLE)}"
             )
+    softcap = getattr(_text_config(inner), "attn_logit_softcapping", None)
+    if softcap and str(_text_config(inner)._attn_implementation).removeprefix(PREFIX) == "sdpa":
+        return "its attention is soft-capped, which 'sdpa' leaves out: load it with attn_implementation='eager'"
     return None
 
 
-def _layer_types(inner: nn.Module) -> str | None:
-    config = _text_config(inner)
+def unsupported_layer_types(config: Any) -> str | None:
+    """What a text configuration alone says against its layers."""
     for kind in getattr(config, "layer_types", None) or ():
         if kind not in LAYER_TYPES:
-            return f"its {str(kind).replace('_', ' ')} layers carry more than the sequence at hand from token to token"
+            return f"its {str(kind).replace('_', ' ')} layers are something else than softmax attention over their sequence"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked by absolute position"
     return None
@@ -98,8 +112,8 @@ def _layer_types(inner: nn.Module) -> str | None:
 def _module(name: str, module: nn.Module) -> str | None:
     """What a single module does that one row of many sequences would break."""
     kind = type(module)
-    if f"{kind.__module__}.{kind.__name__}" in _POINTWISE:
-        return None
+    if f"{kind.__module__}.{kind.__name__}" in _POINTWISE or hasattr(module, "get_input_embeddings"):
+        return None  # the latter are whole models, named after their family
     if isinstance(module, nn.RNNBase | nn.modules.conv._ConvNd) or _CARRIES_STATE.search(kind.__name__):
         if _in_encoder_of_other_inputs(name):
             return None
@@ -108,19 +122,42 @@ def _module(name: str, module: nn.Module) -> str | None:
 
 
 def _attention_classes(inner: nn.Module) -> str | None:
-    """Every decoder layer needs attention that goes through the interface, and no other."""
+    """Every decoder layer needs attention that goes through the interface, and nothing may get lost on the way."""
     layers = decoder_layers(inner)
     if not layers:
         return f"{type(inner).__name__} has no list of decoder layers"
+    window = _has_window(_text_config(inner))
     for index, layer in enumerate(layers):
-        found = [m for m in layer.modules() if _looks_like_attention(m)]
-        if not any(_calls_interface(m) for m in found):
-            kind = f"{type(found[0]).__name__} does" if found else f"{type(layer).__name__} has no attention that does"
-            return f"{kind} not go through transformers' AttentionInterface (layer {index})"
-        for module in found:
-            if _calls_interface(module) and (reason := _passes_on(module)):
+        attentions = [m for m in layer.modules() if _interface_call(type(m))]
+        if not attentions:
+            name = next((type(m).__name__ for m in layer.modules() if "Attention" in type(m).__name__), None)
+            return f"{name or type(layer).__name__} does not go through transformers' AttentionInterface (layer {index})"
+        if layer not in attentions and not any(_spreads_keywords(call) for call in _calls(type(layer))):
+            return f"{type(layer).__name__} does not pass keyword arguments on to its attention"
+        for attention in attentions:
+            if getattr(attention, "is_causal", True) is False:
+                return f"{type(attention).__name__} attends in both directions"
+            if reason := _not_understood(type(attention), window):
                 return reason
     return None
+
+
+def _has_window(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    return bool(getattr(config, "sliding_window", None)) and (not types or "sliding_attention" in types)
+
+
+def _not_understood(kind: type[nn.Module], window: bool) -> str | None:
+    """Why an attention class that calls the interface cannot be replaced."""
+    call = _interface_call(kind)
+    assert call is not None
+    keywords = {keyword.arg for keyword in call.keywords}
+    if not _spreads_keywords(call):
+        return f"{kind.__name__} does not pass keyword arguments on to its attention function"
+    if window and "sliding_window" not in keywords:
+        return f"{kind.__name__} has a sliding window in its mask alone and does not tell its attention function"
+    unknown = sorted(keywords & set(NOT_UNDERSTOOD) - {None})
+    return f"{kind.__name__} gives its attention function {unknown[0]!r}, which changes its scores" if unknown else None
 
 
 def decoder_layers(inner: nn.Module) -> list[nn.Module]:
@@ -138,40 +175,27 @@ def _text_config(inner: nn.Module) -> Any:
 
 def _in_encoder_of_other_inputs(name: str) -> bool:
     """Towers for images and sound, which text alone never enters."""
-    return any(part in name for part in ("vision", "visual", "audio", "image", "speech", "vqmodel"))
+    return any(part in name for part in ("vision", "visual", "audio", "image", "speech", "vqmodel", "projector"))
 
 
-def _looks_like_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower() and bool(_source(type(module)))
-
-
-def _calls_interface(module: nn.Module) -> bool:
-    return "attention_interface(" in _source(type(module))
-
-
-def _passes_on(module: nn.Module) -> str | None:
-    """Why an attention class that calls the interface cannot be understood."""
-    source, name = _source(type(module)), type(module).__name__
-    call = source[source.index("attention_interface(") :]
-    if "**" not in call:
-        return f"{name} does not pass keyword arguments on to its attention function"
-    for keyword in NOT_UNDERSTOOD:
-        if re.search(rf"\b{keyword}\s*=", call):
-            return f"{name} gives its attention function {keyword!r}, which no span attention here computes"
-    return None
-
-
-def _source(kind: type[nn.Module]) -> str:
-    """The source of a class's forward as it is now (a patched one has another), or nothing."""
+@functools.cache
+def _calls(kind: type[nn.Module]) -> tuple[ast.Call, ...]:
+    """Every call in the source of a class's forward (the one it has now: a patched one is another), or none."""
     try:
-        return inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return ""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _interface_call(kind: type[nn.Module]) -> ast.Call | None:
+    """The call of `attention_interface`, as every attention class of transformers that can be replaced has it."""
+    return next((c for c in _calls(kind) if isinstance(c.func, ast.Name) and c.func.id == "attention_interface"), None)
+
+
+def _spreads_keywords(call: ast.Call) -> bool:
+    return any(keyword.arg is None for keyword in call.keywords)
 
 
 def _plain(value: Any) -> str:
     return str(getattr(value, "value", value)).lower().replace("_", " ")
-
-
-def _eager_function(module: nn.Module) -> Any:
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

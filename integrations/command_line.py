@@ -69,9 +69,7 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _refuse_unknown(
-    arguments: list[str], parser: argparse.ArgumentParser, launcher: argparse.ArgumentParser
-) -> None:
+def _refuse_unknown(arguments: list[str], parser: argparse.ArgumentParser, launcher: argparse.ArgumentParser) -> None:
     for_launch = {option for action in launcher._actions for option in action.option_strings}
     for_script = {option for action in parser._actions for option in action.option_strings}
     for name in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):

@@ -123,6 +123,10 @@ class _ORPOArguments(ORPOFields, TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps; below 1: as a share of all steps."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave NaN and infinite losses out of the log; waits for the device at each micro-batch."},
+    )
     if _HAS_NEW_NAME:
         activation_checkpointing: bool | None = field(default=True, metadata=_CHECKPOINTING)
     else:
@@ -142,7 +146,8 @@ class ORPOConfig(_ORPOArguments):
     """Arguments of `ORPOTrainer`: all of `TrainingArguments`, and the fields of `ORPOFields`.
 
     Defaults that differ from `TrainingArguments`, as in TRL: `learning_rate` 1e-6, `logging_steps` 10, gradient
-    (activation) checkpointing on, `bf16` on where the accelerator supports it and `fp16` is not set.
+    (activation) checkpointing on, `bf16` on where the accelerator supports it and `fp16` is not set.  Unlike TRL's,
+    `logging_nan_inf_filter` is off: a loss that is not finite ends the run with an error at the next log.
 
     Names that TRL and transformers have dropped are accepted, translated and named once in a warning:
     `orpo_alpha`, `orpo_beta`, `evaluation_strategy`, `warmup_ratio`, `group_by_length`, `no_cuda`,
@@ -156,7 +161,17 @@ class ORPOConfig(_ORPOArguments):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         known = frozenset(f.name for f in dataclasses.fields(_ORPOArguments) if f.init)
         arguments = translate(kwargs, known)
-        if _HAS_NEW_NAME and arguments.get("gradient_checkpointing") is not None:
-            # The alias is only read where the new name is unset, which a default of True never is.
-            arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing")
+        if _HAS_NEW_NAME:
+            _rename_checkpointing(arguments)
         super().__init__(*args, **arguments)
+
+
+def _rename_checkpointing(arguments: dict[str, Any]) -> None:
+    """Old names to new: transformers reads the old one only where the new is unset, which a default of True never is."""
+    wanted = arguments.pop("gradient_checkpointing", None)
+    if wanted is not None:
+        # Both come from a command line (the default and what was given) or from a copy (the change and the mirror).
+        arguments["activation_checkpointing"] = wanted and arguments.get("activation_checkpointing", True)
+    options = arguments.pop("gradient_checkpointing_kwargs", None)
+    if options is not None and arguments.get("activation_checkpointing_kwargs") is None:
+        arguments["activation_checkpointing_kwargs"] = options

@@ -4,22 +4,25 @@ trainer = ORPOTrainer(model=model, args=ORPOConfig(output_dir="out"), train_data
 trainer.train()
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from orpo_plugins.collator import ORPOCollator
-from orpo_plugins.pairs import PairOptions
-from orpo_plugins.preparation import prepare_dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, enable_full_determinism, set_seed
+from transformers.trainer_utils import number_of_arguments
 
+from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.head import config_of, output_head
+from orpo_plugins.integrations.generation import log_generations
 from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
 from orpo_plugins.integrations.training_methods import ORPOMethods
+from orpo_plugins.pairs import PairOptions
 from orpo_plugins.plugins import best_layout, kernel
+from orpo_plugins.preparation import prepare_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +65,15 @@ class ORPOTrainer(ORPOMethods, Trainer):
         tokenizer: Any = None,
     ) -> None:
         args = ORPOConfig(output_dir="orpo_output") if args is None else args
-        if processing_class is None:
-            processing_class = tokenizer
+        # Adapters are initialized at random before Trainer sets the seed.
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         model_init = _prepared_model_init(model_init, args, peft_config)
-        example = model_init() if model is None and model_init is not None else load_model(model, args)
-        if model is not None:
-            example = prepare_model(example, args, peft_config)
+        if model is None and model_init is not None:
+            example = model_init(*[None] * number_of_arguments(model_init))  # a search passes its trial
+        else:
+            example = prepare_model(load_model(model, args), args, peft_config)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                config_of(example)._name_or_path, trust_remote_code=args.trust_remote_code
-            )
+            processing_class = load_tokenizer(example, args) if tokenizer is None else tokenizer
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if args.n_gpu > 1:
             logger.warning(
@@ -81,6 +83,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
             )
             args._n_gpu = 1
         args.remove_unused_columns = False
+        keep_batches_whole(args)
         layout = announce(example, args)
         options = pair_options(args)
         if train_dataset is not None:
@@ -109,6 +112,14 @@ class ORPOTrainer(ORPOMethods, Trainer):
         self.set_up_orpo(args.options())
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Also generates from one batch of prompts where `generate_during_eval` is set."""
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self.args.generate_during_eval and prefix.startswith("eval"):
+            log_generations(self, dataloader.dataset, prefix)
+        return output
 
 
 def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
@@ -161,7 +172,11 @@ def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Modu
             "peft_config is set but the model already carries an adapter: merge it first, or drop peft_config"
         )
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
     wrapped: nn.Module = get_peft_model(model, peft_config)
     return wrapped
 
@@ -171,7 +186,33 @@ def _prepared_model_init(
 ) -> Callable[..., nn.Module] | None:
     if model_init is None:
         return None
-    return lambda *trial: prepare_model(model_init(*trial), args, peft_config)
+
+    @functools.wraps(model_init)  # Trainer looks at the signature to know whether to pass a trial
+    def prepared_init(*trial: Any) -> nn.Module:
+        return prepare_model(model_init(*trial), args, peft_config)
+
+    return prepared_init
+
+
+def load_tokenizer(model: nn.Module, args: ORPOConfig) -> Any:
+    """The tokenizer saved beside the model."""
+    name = getattr(config_of(model), "_name_or_path", None)
+    if not name:
+        raise ConfigError("the model was not loaded from a path, so its tokenizer is unknown: pass processing_class")
+    revision = args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def keep_batches_whole(args: Any) -> None:
+    """Has each rank read its own rows of a stream; Accelerate's default would cut batches along their first dimension.
+
+    A batch of ours is a table over all of its rows, which no such cut respects.
+    """
+    if args.accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "dispatch_batches=True cuts batches apart between ranks, which ORPO's cannot be: leave it out"
+        )
+    args.accelerator_config.dispatch_batches = False
 
 
 def pair_options(args: ORPOFields) -> PairOptions:

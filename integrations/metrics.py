@@ -42,13 +42,13 @@ class MetricSums:
 
 
 def figures_of(
-    output: ORPOOutput, options: ORPOOptions, totals: Denominators
+    output: ORPOOutput, options: ORPOOptions, totals: Denominators, num_pairs: int
 ) -> dict[str, tuple[Tensor, Tensor | float]]:
     """TRL's metric keys and ours for one micro-batch, each as (sum, weight).
 
     Per pair: `rewards/*` (beta times mean log-probability), `logps/*`, `log_odds_chosen`, `log_odds_ratio`,
     `answer_tokens/*` (tokens per answer) and the metrics of plugins.  `nll_loss` is weighted as the loss weighs it:
-    by tokens ("batch"), by micro-batch ("microbatch"), by pairs ("pair").
+    by tokens ("batch"), by micro-batch ("microbatch"), by pairs ("pair").  Only the first `num_pairs` pairs count.
     """
     chosen, rejected = output.chosen_logps.detach(), output.rejected_logps.detach()
     per_pair = {
@@ -64,16 +64,17 @@ def figures_of(
         "answer_tokens/rejected": output.figures["rejected_lengths"],
     }
     per_pair |= {metric.name: metric.compute(output).detach().float() for metric in plugins.metrics()}
-    sums: dict[str, tuple[Tensor, Tensor | float]] = {
-        name: (values.sum(), float(values.numel())) for name, values in per_pair.items()
-    }
+    sums: dict[str, tuple[Tensor, Tensor | float]] = {}
+    for name, values in per_pair.items():
+        counted = values[:num_pairs] if values.shape[:1] == chosen.shape else values
+        sums[name] = (counted.sum(), float(counted.numel()))
     nll = output.nll_loss.detach()
     if options.nll_normalization == "batch":
         sums["nll_loss"] = (nll * totals.nll_tokens, output.figures["nll_tokens"])
     elif options.nll_normalization == "pair":
-        sums["nll_loss"] = (nll * totals.num_pairs, float(chosen.numel()))
+        sums["nll_loss"] = (nll * totals.num_pairs, float(num_pairs))
     else:
-        sums["nll_loss"] = (nll, 1.0)
+        sums["nll_loss"] = (nll, float(num_pairs > 0))
     for name, figure in (("logits/chosen", "chosen_logits"), ("logits/rejected", "rejected_logits"), ("aux_loss",) * 2):
         if figure in output.figures:
             sums[name] = (output.figures[figure], 1.0)

@@ -5,6 +5,8 @@
 
 import itertools
 import logging
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,12 +106,23 @@ class ORPOMethods:
     def orpo_output(self, model: nn.Module, inputs: dict[str, Any], split: str) -> ORPOOutput:
         """One forward pass and its figures, summed under `split`."""
         predictions = predictions_of(inputs)
+        pairs = predictions.num_pairs if split == "train" else self._pairs_of_the_set(predictions.num_pairs)
+        if pairs < predictions.num_pairs:
+            predictions = replace(predictions, in_nll=predictions.in_nll & (predictions.sequences < pairs))
         totals = own_denominators(predictions)
         if split == "train" and self.orpo_options.nll_normalization != "microbatch" and self._step_totals is not None:
             totals = self._step_totals
         output = forward_with_options(model, inputs, self.orpo_options, predictions, totals)
-        self._sums[split].add(figures_of(output, self.orpo_options, totals))
+        self._sums[split].add(figures_of(output, self.orpo_options, totals, pairs))
         return output
+
+    def _pairs_of_the_set(self, num_pairs: int) -> int:
+        """How many pairs of an evaluation batch count: a set's first ones are repeated until all ranks have some."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return num_pairs
+        before = self.accelerator.process_index * num_pairs
+        return int(min(max(state.remainder - before, 0), num_pairs))
 
     def prediction_step(
         self,
@@ -159,5 +172,26 @@ class ORPOMethods:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last training log; evaluation brings its own."""
         if "loss" in logs:
-            logs.update(self._sums["train"].pop(self.accelerator))
+            figures = self._sums["train"].pop(self.accelerator)
+            self._check_finite(figures)
+            logs.update(figures)
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _check_finite(self, figures: dict[str, float]) -> None:
+        """Raises `ModelError` once the loss has become NaN or infinite, which `logging_nan_inf_filter` would hide.
+
+        Looked at once per log, so that no micro-batch waits for the device.  Under fp16 it is only a warning: there the
+        gradient scaler leaves out steps that overflow.
+        """
+        bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
+        if not bad:
+            return
+        shown = ", ".join(f"{name}={value}" for name, value in sorted(bad.items()))
+        message = (
+            f"not finite at step {self.state.global_step}: {shown}. Some row's activations have overflowed or the "  # type: ignore[attr-defined]
+            "weights are lost: resume from the last checkpoint with a lower learning rate, and with bf16 or fp32 in "
+            "place of fp16"
+        )
+        if getattr(self.accelerator, "scaler", None) is None:
+            raise ModelError(message)
+        logger.warning("%s", message)

@@ -130,7 +130,7 @@ def datasets_of(script: ScriptArguments, mixture: DatasetMixtureConfig, evaluate
             _split(splits, script.dataset_test_split) if evaluates else None
         )
     if not script.dataset_name:
-        raise ConfigError("no dataset: pass --dataset_name (a name, a file or a folder), or `datasets` in the YAML file")
+        raise ConfigError("no dataset: pass --dataset_name (a name, file or folder), or `datasets` in the YAML file")
     return load_split(script, script.dataset_train_split), (
         load_split(script, script.dataset_test_split) if evaluates else None
     )

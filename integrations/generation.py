@@ -1,0 +1,111 @@
+"""What the model answers during evaluation: prompts of one batch, generated from and put into a table.
+
+ORPOConfig(generate_during_eval=True, report_to="wandb")
+"""
+
+import itertools
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orpo_plugins.collator import pad_token_id
+from orpo_plugins.predictions import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+NEW_TOKENS = 128
+"""The longest answer where neither the model's generation config nor max_completion_length sets one."""
+NAME = "game_log"
+"""The table's name in trackers, as in TRL."""
+
+
+def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
+    """Generates for one batch of `dataset` (tokenized rows) and logs "Prompt" and "Policy" under W&B, trackio or Comet.
+
+    Where none of them is active the table goes to `<output_dir>/generations/step-<n>.json`.  The rows are drawn anew at
+    each step, the same ones on all ranks; the model's generation config decides between greedy search and sampling.
+    """
+    prompts = sample_prompts(dataset, trainer.args.eval_batch_size, seed=trainer.args.seed + trainer.state.global_step)
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    answers = generate(trainer, prompts, pad_token_id(tokenizer))
+    if not trainer.is_world_process_zero():
+        return
+    texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, answers))
+    rows = [{"Prompt": prompt, "Policy": answer} for prompt, answer in zip(*texts, strict=True)]
+    step = trainer.state.global_step
+    if not _track(rows, trainer.args.report_to):
+        name = f"step-{step}.json" if prefix == "eval" else f"step-{step}-{prefix.removeprefix('eval_')}.json"
+        path = Path(trainer.args.output_dir) / "generations" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def sample_prompts(dataset: Any, count: int, *, seed: int) -> list[list[int]]:
+    """The prompts' token ids of `count` random rows (of the first ones, where `dataset` is a stream)."""
+    if hasattr(dataset, "__len__"):
+        rows = [dataset[i] for i in random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))]
+    else:
+        rows = list(itertools.islice(dataset, count))
+    lengths = [next((i for i, label in enumerate(row["chosen_labels"]) if label != IGNORE_INDEX), 0) for row in rows]
+    return [list(row["chosen_input_ids"])[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
+    """[B, new tokens]: the answers, from prompts padded on the left, with the key-value cache."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        whole = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=model.generation_config.max_new_tokens or trainer.args.max_completion_length or NEW_TOKENS,
+            pad_token_id=pad,
+            use_cache=True,
+            # Sharded weights are gathered by all ranks together, so none may stop before the others.
+            synced_gpus=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+        )
+    answers: Tensor = whole[:, width:]
+    return answers
+
+
+def _track(rows: list[dict[str, str]], report_to: list[str]) -> bool:
+    """Hands the table to every active tracker; whether there was one."""
+    active = [tracker for name, tracker in _TRACKERS.items() if name in report_to and tracker(rows)]
+    return bool(active)
+
+
+def _wandb(rows: list[dict[str, str]]) -> bool:
+    import wandb
+
+    if wandb.run is None:
+        return False
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    wandb.log({NAME: table})
+    return True
+
+
+def _trackio(rows: list[dict[str, str]]) -> bool:
+    import pandas
+    import trackio
+
+    trackio.log({NAME: trackio.Table(dataframe=pandas.DataFrame(rows))})
+    return True
+
+
+def _comet(rows: list[dict[str, str]]) -> bool:
+    import comet_ml
+
+    experiment = comet_ml.get_running_experiment()
+    if experiment is None:
+        return False
+    experiment.log_table(f"{NAME}.csv", tabular_data=[list(row.values()) for row in rows], headers=list(rows[0]))
+    return True
+
+
+_TRACKERS = {"wandb": _wandb, "trackio": _trackio, "comet_ml": _comet}

@@ -1,6 +1,6 @@
 """Makes what the demo trains: a tokenizer learned from the demo's own texts, and a small Llama with random weights.
 
-    python examples/demo/prepare.py        # writes build/demo/model
+python examples/demo/prepare.py        # writes build/demo/model
 """
 
 import argparse

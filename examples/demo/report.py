@@ -1,6 +1,6 @@
 """What the demo's training changed: a table before and after, a sample, and the curves as a PNG.
 
-    python examples/demo/report.py         # after examples/demo/prepare.py and `axolotl train examples/demo/config.yml`
+python examples/demo/report.py         # after examples/demo/prepare.py and `axolotl train examples/demo/config.yml`
 """
 
 import argparse
@@ -45,7 +45,9 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def log_of(output: Path) -> list[dict[str, float]]:
     """The Trainer's log, from the newest checkpoint."""
-    states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    states = sorted(
+        output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
+    )
     history: list[dict[str, float]] = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
     return history
 
@@ -88,7 +90,9 @@ def print_preferences(rows: list[dict[str, Any]], before: torch.Tensor, after: t
 @torch.no_grad()
 def print_answer(model: Any, tokenizer: Any, row: dict[str, Any], where: str) -> None:
     """The model's own greedy answer."""
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     generated = model.generate(**prompt, max_new_tokens=90, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     print(f"Its own answer to {where}")
     print_wrapped("customer", row["prompt"][0]["content"])
@@ -110,7 +114,10 @@ def draw(history: list[dict[str, float]], path: str) -> None:
 
     blue, orange, grey = "#1f6fb4", "#d9541e", "#444444"
     panels = {
-        "Mean log-probability per token": [("logps/chosen", "helpful answer", blue), ("logps/rejected", "brush-off", orange)],
+        "Mean log-probability per token": [
+            ("logps/chosen", "helpful answer", blue),
+            ("logps/rejected", "brush-off", orange),
+        ],
         f"Reward margin ({BETA:g} x difference)": [("rewards/margins", "helpful minus brush-off", grey)],
         "Accuracy (helpful answer likelier)": [("rewards/accuracies", "share of pairs", grey)],
     }

@@ -1,0 +1,145 @@
+"""The YAML keys that the plugin adds to Axolotl's config, and how they become training arguments.
+
+orpo_kernel: chunked          # -> AxolotlORPOConfig.kernel
+orpo_nll_normalization: pair  # -> AxolotlORPOConfig.nll_normalization
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field, field_validator
+
+from orpo_plugins import plugins
+from orpo_plugins.errors import ConfigError
+from orpo_plugins.forward import NLL_NORMALIZATIONS, NLL_OVER
+from orpo_plugins.objective import check_coefficients
+
+AXOLOTL_KEYS = ("orpo_alpha",)
+"""Keys beginning with `orpo_` that Axolotl itself has."""
+TRUNCATION_MODES = ("keep_end", "keep_start")
+
+
+class ORPOInputArgs(BaseModel):
+    """Mixed into Axolotl's config schema; every key is optional, and an absent one leaves the trainer's default."""
+
+    orpo_kernel: str | None = Field(
+        default=None, description="Who computes the head: auto, reference, chunked, triton, or a plugin's name."
+    )
+    orpo_layout: str | None = Field(
+        default=None, description="How pairs are laid out: auto, padded, packed, shared, or a plugin's name."
+    )
+    orpo_nll_over: str | None = Field(
+        default=None, description="NLL over prompt and chosen answer (sequence) or the chosen answer (completion)."
+    )
+    orpo_nll_normalization: str | None = Field(
+        default=None, description="batch: token mean per optimizer step; microbatch: as TRL; pair: mean per answer."
+    )
+    orpo_odds_temperature: float | None = Field(
+        default=None, description="Multiplies the log odds ratio inside the sigmoid; > 0."
+    )
+    orpo_loss_terms: dict[str, float] | None = Field(
+        default=None, description="Per-pair terms of plugins to add, {name: weight}."
+    )
+    orpo_memory_budget: int | None = Field(
+        default=None, gt=0, description="Bytes that the head may hold beyond inputs and gradients."
+    )
+    orpo_max_prompt_length: int | None = Field(default=None, gt=0, description="Longest prompt, in tokens.")
+    orpo_max_completion_length: int | None = Field(default=None, gt=0, description="Longest answer, in tokens.")
+    orpo_truncation_mode: str | None = Field(
+        default=None, description="Which part of a prompt that is too long stays: keep_end or keep_start."
+    )
+    orpo_columns: dict[str, list[dict[str, str]]] | None = Field(
+        default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users."
+    )
+
+    @field_validator("orpo_kernel")
+    @classmethod
+    def _kernel_is_known(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            plugins.known_kernel(value)
+        return value
+
+    @field_validator("orpo_layout")
+    @classmethod
+    def _layout_is_known(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            plugins.layout(value)
+        return value
+
+    @field_validator("orpo_nll_over")
+    @classmethod
+    def _nll_over_is_known(cls, value: str | None) -> str | None:
+        return _one_of("orpo_nll_over", value, NLL_OVER)
+
+    @field_validator("orpo_nll_normalization")
+    @classmethod
+    def _nll_normalization_is_known(cls, value: str | None) -> str | None:
+        return _one_of("orpo_nll_normalization", value, NLL_NORMALIZATIONS)
+
+    @field_validator("orpo_truncation_mode")
+    @classmethod
+    def _truncation_mode_is_known(cls, value: str | None) -> str | None:
+        return _one_of("orpo_truncation_mode", value, TRUNCATION_MODES)
+
+    @field_validator("orpo_odds_temperature")
+    @classmethod
+    def _odds_temperature_in_range(cls, value: float | None) -> float | None:
+        if value is not None:
+            check_coefficients(0.0, value)
+        return value
+
+    @field_validator("orpo_loss_terms")
+    @classmethod
+    def _loss_terms_are_known(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for name in value or {}:
+            plugins.loss_term(name)
+        return value
+
+
+KEYS = tuple(name for name in ORPOInputArgs.model_fields if name != "orpo_columns")
+"""The YAML keys, for messages."""
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raises `ConfigError` for a key beginning with `orpo_` that does not exist: Axolotl drops such keys silently."""
+    known = (*AXOLOTL_KEYS, *ORPOInputArgs.model_fields)
+    for key in keys:
+        if key.startswith("orpo_") and key not in known:
+            close = difflib.get_close_matches(key, (*AXOLOTL_KEYS, *KEYS), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(f"unknown YAML key {key!r}{hint}; known: {', '.join((*AXOLOTL_KEYS, *KEYS))}")
+
+
+def check_beta(cfg: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where the three names that Axolotl has for beta disagree, or the value is out of range."""
+    given = {
+        "trl.beta": (cfg.get("trl") or {}).get("beta"),
+        "rl_beta": cfg.get("rl_beta"),
+        "orpo_alpha": cfg.get("orpo_alpha"),
+    }
+    betas = {name: _number(name, value) for name, value in given.items() if value is not None}
+    if len(set(betas.values())) > 1:
+        values = ", ".join(f"{name}: {value:g}" for name, value in betas.items())
+        raise ConfigError(f"{values} are one option, the weight of the odds-ratio term: keep orpo_alpha alone")
+    for beta in betas.values():
+        check_coefficients(beta, 1.0)
+
+
+def training_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `AxolotlORPOConfig` that come from our keys; absent keys leave the defaults."""
+    names = {key: key.removeprefix("orpo_") for key in KEYS}
+    return {name: cfg.get(key) for key, name in names.items() if cfg.get(key) is not None}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML reads 1e-1 as a string
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {value!r}: it must be a number") from None
+
+
+def _one_of(key: str, value: str | None, known: tuple[str, ...]) -> str | None:
+    if value is not None and value not in known:
+        raise ConfigError(f"unknown {key} {value!r}; known: {', '.join(known)}")
+    return value

@@ -1,0 +1,302 @@
+"""The way of Axolotl's datasets into tokenized pairs.
+
+A dataset without `type`, or with `type: orpo`, is read by our row formats (strings, conversations, ShareGPT, Alpaca,
+see docs/data.md), whatever its rows are; any other `type` is Axolotl's own and is applied first.  Either way the rows
+are tokenized here, once, and cached below `dataset_prepared_path`.
+
+Rows longer than `sequence_len` follow Axolotl's `excess_length_strategy`: "drop" (its default), "truncate" or "raise".
+"""
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo_plugins import __version__
+from orpo_plugins.errors import ConfigError, RowError
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
+
+logger = logging.getLogger("axolotl.orpo_plugins")
+
+OWN_TYPES = (None, "orpo")
+"""Values of a dataset's `type` that stand for our row formats."""
+COLUMN_KEYS = {
+    "field_prompt": "prompt",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_system": "system",
+    "field_messages": "conversations",
+    "field_tools": "tools",
+}
+"""A dataset's key that names a column: the name that our row formats give it."""
+LENGTH_STRATEGIES = ("drop", "truncate", "raise")
+
+
+def keep_column_names(cfg: dict[str, Any]) -> None:
+    """Copies `field_*` keys of the raw config to `orpo_columns`, because Axolotl's dataset schema drops some."""
+    renamed = {
+        split: [
+            {COLUMN_KEYS[key]: str(name) for key, name in dataset.items() if key in COLUMN_KEYS and name}
+            for dataset in cfg[split]
+        ]
+        for split in ("datasets", "test_datasets")
+        if cfg.get(split)
+    }
+    if any(any(columns) for columns in renamed.values()):
+        cfg["orpo_columns"] = renamed
+
+
+def serve_evaluate() -> None:
+    """Lets `axolotl evaluate` read data as `axolotl train` does.
+
+    That command (0.19.0) asks no plugin for datasets, and hands the untokenized rows to `Trainer.evaluate`, which
+    crashes.  Its one loading function is replaced in the module that calls it; configs without this plugin fall
+    through to the original.
+    """
+    # Imported by `axolotl evaluate` and `preprocess` before any plugin; `axolotl train` asks the plugin instead.
+    caller = sys.modules.get("axolotl.common.datasets")
+    if caller is not None:
+        caller.prepare_preference_datasets = prepare_preference_datasets  # type: ignore[attr-defined]
+
+
+def prepare_preference_datasets(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """(train, eval) for the config, by us where `rl: orpo` and the plugin are in it, else by Axolotl."""
+    from axolotl.utils.data.rl import prepare_preference_datasets as native
+
+    if cfg.rl != "orpo" or "orpo_plugins.ORPOPlugin" not in (cfg.plugins or []):
+        return native(cfg, tokenizer)  # type: ignore[no-any-return]
+    return load(cfg, tokenizer)
+
+
+def dataset_meta(cfg: Any) -> "TrainDatasetMeta":
+    """What Axolotl wants of a plugin that loads datasets."""
+    from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.loaders import load_tokenizer
+
+    train, evaluation = load(cfg, load_tokenizer(cfg))
+    steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
+    return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
+
+
+def load(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """(train, eval) as tokenized pairs; eval is None without `test_datasets` and `val_set_size`.
+
+    One process tokenizes, the others wait and read what it saved.
+
+    Raises:
+        ConfigError, RowError: name the dataset, row or option and the remedy.
+    """
+    from axolotl.utils.data.lock import FileLockLoader
+    from axolotl.utils.data.shared import create_train_validation_split
+    from axolotl.utils.data.utils import deduplicate_and_log_datasets
+
+    Path(cfg.dataset_prepared_path or "last_run_prepared").mkdir(parents=True, exist_ok=True)
+    lock = FileLockLoader(cfg)
+
+    def both_splits() -> tuple[Any, Any]:
+        train = _load_split(cfg, "datasets", tokenizer)
+        if cfg.test_datasets:
+            return train, _load_split(cfg, "test_datasets", tokenizer)
+        if cfg.val_set_size:
+            return create_train_validation_split(train, cfg, cfg.val_set_size)  # type: ignore[no-any-return]
+        return train, None
+
+    try:
+        train, evaluation = lock.load(both_splits)
+    finally:
+        lock.cleanup()
+    if cfg.dataset_exact_deduplication:
+        return deduplicate_and_log_datasets(dataset=train, other_dataset=evaluation)  # type: ignore[no-any-return]
+    return train, evaluation
+
+
+def _load_split(cfg: Any, split: str, tokenizer: Any) -> Any:
+    """One split, from the cache where it is there."""
+    from axolotl.utils.data.shared import (
+        datasets_with_name_generator,
+        load_preprocessed_dataset,
+        merge_datasets,
+        save_preprocessed_dataset,
+    )
+
+    key = cache_key(cfg, split, tokenizer)
+    if (cached := load_preprocessed_dataset(cfg, key)) is not None:
+        return cached
+    parts = []
+    for index, dataset in enumerate(cfg[split] or []):
+        columns = ((cfg.orpo_columns or {}).get(split) or {index: {}})[index]
+        for part in datasets_with_name_generator([dataset]):
+            parts.append(tokenized(part, cfg, tokenizer, columns=dict(columns), index=index))
+    if not parts or not sum(map(len, parts)):
+        raise ConfigError(f"no row of {split} is left to train on: see the report above for what was dropped and why")
+    merged = merge_datasets(parts, cfg)
+    if not cfg.skip_prepare_dataset:
+        save_preprocessed_dataset(cfg, merged, key, split)
+    return merged
+
+
+def cache_key(cfg: Any, split: str, tokenizer: Any) -> str:
+    """A digest of everything that the tokenized rows depend on, local files' contents included."""
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config
+
+    parts = {
+        "version": __version__,
+        "axolotl": generate_dataset_hash_from_config(cfg, cfg[split], tokenizer.name_or_path),
+        "files": [_digest(Path(dataset.path)) for dataset in cfg[split] if dataset.path],
+        "chat_template": str(getattr(tokenizer, "chat_template", None)),
+        "vocabulary": len(tokenizer),
+        "keys": {key: value for key, value in cfg.items() if key in _KEYS_IN_CACHE},
+    }
+    return "orpo-" + hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+_KEYS_IN_CACHE = (
+    "excess_length_strategy",
+    "orpo_columns",
+    "orpo_max_completion_length",
+    "orpo_max_prompt_length",
+    "orpo_truncation_mode",
+    "seed",
+    "shuffle_merged_datasets",
+    "shuffle_before_merging_datasets",
+)
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, str], index: int) -> Any:
+    """One entry of `datasets`, tokenized; what was cut or dropped is logged."""
+    from orpo_plugins.preparation import prepare_dataset
+
+    name = f"{dataset.path}" + (f" ({dataset.name})" if dataset.name else "")
+    rows = raw_rows(dataset, cfg)
+    if dataset.type in OWN_TYPES:
+        rows = _renamed(rows, columns, name)
+    else:
+        rows = _native_rows(rows, dataset, cfg, tokenizer, index)
+    strategy = length_strategy(cfg)
+    options = pair_options(cfg, truncate=strategy == "truncate")
+    pairs, report = prepare_dataset(
+        rows, _with_template(tokenizer, dataset), options, num_proc=cfg.dataset_num_proc, name=name
+    )
+    logger.info("%s", report.summary())
+    return pairs if strategy == "truncate" else _within(pairs, cfg.sequence_len, strategy, name)
+
+
+def raw_rows(dataset: Any, cfg: Any) -> Any:
+    """The rows of one entry as they stand in the file, the hub or the bucket."""
+    from axolotl.utils.data.shared import load_dataset_with_config
+
+    rows = load_dataset_with_config(dataset, cfg.hf_use_auth_token, streaming=False)
+    if isinstance(rows, dict):
+        if "train" not in rows:
+            raise ConfigError(f"dataset {dataset.path!r} has the splits {', '.join(rows)}: name one with `split:`")
+        rows = rows["train"]
+    if dataset.shards:
+        rows = rows.shard(num_shards=dataset.shards, index=dataset.shards_idx or 0)
+    return rows
+
+
+def _renamed(rows: Any, columns: Mapping[str, str], name: str) -> Any:
+    """The rows with the columns that `field_*` keys name under the names that our row formats read."""
+    for expected, given in columns.items():
+        if given not in rows.column_names:
+            found = ", ".join(rows.column_names)
+            raise ConfigError(f"dataset {name!r} has no column {given!r}, which its field_* keys name; it has {found}")
+        if given != expected:
+            if expected in rows.column_names:
+                rows = rows.remove_columns(expected)
+            rows = rows.rename_column(given, expected)
+    return rows
+
+
+def _native_rows(rows: Any, dataset: Any, cfg: Any, tokenizer: Any, index: int) -> Any:
+    """The rows after one of Axolotl's own dataset types: prompt, chosen and rejected, as strings."""
+    from axolotl.prompt_strategies.orpo import load as load_type
+
+    if not isinstance(dataset.type, str):
+        raise ConfigError(
+            f"dataset {dataset.path!r}: a `type` written as a mapping is for supervised training; leave `type` out and "
+            f"name the columns with {', '.join(COLUMN_KEYS)} instead"
+        )
+    transform = load_type(dataset.type, cfg, dataset_idx=index)
+    options: dict[str, Any] = {}
+    if isinstance(transform, tuple):
+        transform, options = transform
+    if transform is None:
+        raise ConfigError(
+            f"dataset {dataset.path!r}: Axolotl has no type {dataset.type!r} for rl: orpo. Leave `type` out and the "
+            "rows are recognised by their columns; chat_template.argilla is the type that Axolotl brings"
+        )
+    if "tokenizer" in inspect.signature(transform).parameters:
+        transform = functools.partial(transform, tokenizer=tokenizer)
+    options.pop("remove_columns", None)
+    mapped = rows.map(transform, desc=f"Applying {dataset.type}", num_proc=cfg.dataset_num_proc, **options)
+    # A column that the type has read already, such as `system`, must not be read a second time.
+    return mapped.select_columns(["prompt", "chosen", "rejected"])
+
+
+def length_strategy(cfg: Any) -> str:
+    """What happens to rows longer than `sequence_len`: "drop", "truncate" or "raise"."""
+    strategy = str(cfg.excess_length_strategy or "drop").lower()
+    if strategy not in LENGTH_STRATEGIES:
+        raise ConfigError(f"unknown excess_length_strategy {strategy!r}; known: {', '.join(LENGTH_STRATEGIES)}")
+    return strategy
+
+
+def pair_options(cfg: Any, *, truncate: bool) -> Any:
+    """The lengths in tokens; `sequence_len` is among them only where longer rows are to be cut."""
+    from orpo_plugins.pairs import PairOptions
+
+    return PairOptions(
+        max_length=cfg.sequence_len if truncate else None,
+        max_prompt_length=cfg.orpo_max_prompt_length,
+        max_completion_length=cfg.orpo_max_completion_length,
+        truncation_mode=cfg.orpo_truncation_mode or "keep_end",
+    )
+
+
+def _with_template(tokenizer: Any, dataset: Any) -> Any:
+    """The tokenizer with the dataset's own chat template, where it names one."""
+    if not dataset.chat_template:
+        return tokenizer
+    from axolotl.utils.chat_templates import get_chat_template
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = get_chat_template(dataset.chat_template, dataset.chat_template_jinja, tokenizer)
+    return own
+
+
+def _within(pairs: Any, limit: int, strategy: str, name: str) -> Any:
+    """The pairs of which both sequences fit; the others are dropped and counted, or the first of them is an error."""
+    lengths = [max(map(len, ids)) for ids in zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)]
+    too_long = [row for row, length in enumerate(lengths) if length > limit]
+    if not too_long:
+        return pairs
+    longest = max(lengths)
+    if strategy == "raise":
+        raise RowError(
+            f"{name}: {len(too_long)} pairs are longer than sequence_len {limit} (the longest has {longest} tokens): "
+            "raise sequence_len, or set excess_length_strategy to truncate or drop"
+        )
+    logger.warning(
+        "%s: dropped %d of %d pairs as longer than sequence_len %d (the longest has %d tokens); "
+        "excess_length_strategy: truncate would keep them",
+        name,
+        len(too_long),
+        len(lengths),
+        limit,
+        longest,
+    )
+    return pairs.select([row for row, length in enumerate(lengths) if length <= limit])

@@ -1,0 +1,100 @@
+"""`ORPOPlugin`: ORPO by orpo-plugins in Axolotl.
+
+    plugins:
+      - orpo_plugins.ORPOPlugin
+    rl: orpo
+    orpo_alpha: 0.1
+
+Axolotl's `get_trainer_cls` builds preference trainers without a model (0.19.0), so the trainer is named by the config
+key `trainer_cls` instead, and `axolotl.core.training_args` may only be imported after the plugin is registered.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from orpo_plugins import __version__
+from orpo_plugins.errors import ConfigError, missing_extra
+from orpo_plugins.integrations.axolotl_arguments import check_beta, check_keys, training_arguments
+
+try:
+    from axolotl.integrations.base import BasePlugin
+except ImportError as error:
+    raise missing_extra("axolotl", "axolotl") from error
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
+
+# Axolotl shows INFO lines of loggers below its own name only.
+logger = logging.getLogger("axolotl.orpo_plugins")
+
+TRAINER = "orpo_plugins.integrations.axolotl_trainer.AxolotlORPOTrainer"
+WITHOUT_EFFECT = {
+    "cut_cross_entropy": "the head is ours, see orpo_kernel",
+    "chunked_cross_entropy": "the head is ours, see orpo_kernel",
+    "liger_cross_entropy": "the head is ours, see orpo_kernel",
+    "liger_fused_linear_cross_entropy": "the head is ours, see orpo_kernel",
+    "flash_attn_cross_entropy": "the head is ours, see orpo_kernel",
+    "train_on_inputs": "the prompt is in the NLL with orpo_nll_over: sequence and not with completion",
+    "group_by_length": "Axolotl does not pass it on to preference trainers",
+    "pad_to_sequence_len": "batches are padded by the layout, see orpo_layout",
+    "eval_sample_packing": "pairs are packed by the layout, see orpo_layout",
+}
+"""Config keys that ORPO does not read, each with the reason to print where one is set."""
+
+
+class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
+    """Takes over `rl: orpo`; with any other `rl` it does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = False
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Checks the raw config and names our trainer in it.
+
+        Raises:
+            ConfigError: an unknown `orpo_*` key, a foreign `trainer_cls`, `sample_packing`, or betas that disagree.
+        """
+        self.active = cfg.get("rl") == "orpo"
+        if not self.active:
+            logger.warning("orpo-plugins does nothing: rl is %r, not 'orpo'", cfg.get("rl"))
+            return
+        check_keys(list(cfg))
+        check_beta(cfg)
+        if cfg.get("trainer_cls") not in (None, TRAINER):
+            raise ConfigError(
+                f"trainer_cls is {cfg['trainer_cls']!r}, but orpo-plugins brings the trainer for rl: orpo: "
+                "remove trainer_cls, or remove orpo_plugins.ORPOPlugin from plugins"
+            )
+        if cfg.get("sample_packing"):
+            raise ConfigError("sample_packing does not apply to pairs: remove it; orpo_layout: packed packs them")
+        for key, reason in WITHOUT_EFFECT.items():
+            if cfg.get(key):
+                logger.warning("%s: %s has no effect under rl: orpo: %s", key, cfg[key], reason)
+        cfg["trainer_cls"] = TRAINER
+        from orpo_plugins.integrations import axolotl_data
+
+        axolotl_data.keep_column_names(cfg)
+        axolotl_data.serve_evaluate()
+        logger.info("orpo-plugins %s takes over rl: orpo", __version__)
+
+    def get_input_args(self) -> str | None:
+        """The schema of our YAML keys."""
+        return "orpo_plugins.integrations.axolotl_arguments.ORPOInputArgs"
+
+    def get_training_args_mixin(self) -> str | None:
+        """Our fields; not with another `rl`, whose arguments may have fields of the same names."""
+        return "orpo_plugins.integrations.hf_config.ORPOOwnFields" if self.active else None
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """The values of our YAML keys."""
+        return training_arguments(cfg) if self.active else None
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
+        """Tokenized pairs for `axolotl train` and `axolotl preprocess`; any row format, any dataset type."""
+        del preprocess  # cfg.is_preprocess says the same
+        if not self.active:
+            return None
+        from orpo_plugins.integrations import axolotl_data
+
+        return axolotl_data.dataset_meta(cfg)

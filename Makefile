@@ -1,42 +1,51 @@
 # make demo   sets up .venv and trains a small model with Axolotl, rl: orpo; under two minutes once installed
-# make test   sets up .venv with the development tools and runs every test
+# make test   sets up .venv (Axolotl's stack) and .venv-latest (newest releases) and runs every test in both
 # make clean  removes what the demo wrote
 #
-# PYTHON=python3.12 make demo   takes that interpreter;  TORCH="torch==2.13.0 --index-url ..."  that build of torch.
+# PYTHON=python3.12 make demo takes another interpreter; TORCH="torch==2.13.0 --index-url ..." another build of torch.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV ?= .venv
-BIN := $(VENV)/bin
-# Axolotl reports each run, and never exits without a network, unless told not to.
-OFFLINE := AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+# Axolotl reports each run, and without a network never exits, unless told not to.  More than one thread per process
+# makes models this small slower, and very slow on a busy machine.
+QUIET := AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test clean
+.PHONY: demo test test-axolotl test-latest clean
 
-demo: $(VENV)/.installed-demo
+demo: .venv/.demo
 	@rm -rf build/demo
-	$(BIN)/python examples/demo/prepare.py
-	$(OFFLINE) $(BIN)/axolotl train examples/demo/config.yml --launcher python
-	@$(BIN)/python examples/demo/report.py
+	$(QUIET) .venv/bin/python examples/demo/prepare.py
+	$(QUIET) $(ONE_THREAD) .venv/bin/axolotl train examples/demo/config.yml --launcher python
+	@$(QUIET) $(ONE_THREAD) .venv/bin/python examples/demo/report.py
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+test: test-axolotl test-latest
+
+test-axolotl: .venv/.test
+	$(ONE_THREAD) .venv/bin/python -m pytest
+
+test-latest: .venv-latest/.test
+	$(ONE_THREAD) .venv-latest/bin/python -m pytest
 
 clean:
 	rm -rf build/demo
 
-$(VENV)/.installed-demo: $(VENV)/.torch
-	$(BIN)/pip install --quiet -e '.[axolotl,plot]'
+.venv/.demo: .venv/.torch pyproject.toml
+	.venv/bin/pip install --quiet -e '.[axolotl,plot]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch
-	$(BIN)/pip install --quiet -e '.[dev]'
+.venv/.test: .venv/.torch pyproject.toml
+	.venv/bin/pip install --quiet -e '.[axolotl,liger,dev]'
+	@touch $@ .venv/.demo
+
+.venv-latest/.test: .venv-latest/.torch pyproject.toml
+	.venv-latest/bin/pip install --quiet -e '.[liger,dev]'
 	@touch $@
 
-# torch first: whatever else is installed then keeps this build.
-$(VENV)/.torch:
+# torch before all else, so that what follows keeps this build.
+%/.torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  "orpo-plugins needs Python 3.11 or newer, and $(PYTHON) is %d.%d: PYTHON=python3.12 make ..." % v[:2])'
-	$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install $(TORCH)
+	$(PYTHON) -m venv $*
+	@$*/bin/python -c 'import torch' 2>/dev/null || $*/bin/pip install --quiet $(TORCH)
 	@touch $@

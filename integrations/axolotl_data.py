@@ -39,20 +39,18 @@ COLUMN_KEYS = {
 }
 """A dataset's key that names a column: the name that our row formats give it."""
 LENGTH_STRATEGIES = ("drop", "truncate", "raise")
+_SPLITS = ("datasets", "test_datasets")
 
 
 def keep_column_names(cfg: dict[str, Any]) -> None:
     """Copies `field_*` keys of the raw config to `orpo_columns`, because Axolotl's dataset schema drops some."""
-    renamed = {
-        split: [
-            {COLUMN_KEYS[key]: str(name) for key, name in dataset.items() if key in COLUMN_KEYS and name}
-            for dataset in cfg[split]
-        ]
-        for split in ("datasets", "test_datasets")
-        if cfg.get(split)
-    }
+    renamed = {split: [_columns(dataset) for dataset in cfg[split]] for split in _SPLITS if cfg.get(split)}
     if any(any(columns) for columns in renamed.values()):
         cfg["orpo_columns"] = renamed
+
+
+def _columns(dataset: Mapping[str, Any]) -> dict[str, str]:
+    return {COLUMN_KEYS[key]: str(name) for key, name in dataset.items() if key in COLUMN_KEYS and name}
 
 
 def serve_evaluate() -> None:

@@ -24,8 +24,7 @@ class AxolotlORPOTrainer(
     `lr_scheduler: rex` and others fail.
     """
 
-    _tag_names = ("axolotl", "orpo")
-    tag_names = ("axolotl", "orpo")
+    _tag_names = ("axolotl", "orpo")  # type: ignore[assignment]  # one tag more than the base class
 
     def __init__(self, *args: Any, data_collator: Any = None, **kwargs: Any) -> None:
         if data_collator is not None:

@@ -113,26 +113,24 @@ def draw(history: list[dict[str, float]], path: str) -> None:
     from matplotlib import pyplot
 
     blue, orange, grey = "#1f6fb4", "#d9541e", "#444444"
+    logps = [("logps/chosen", "helpful answer", blue), ("logps/rejected", "brush-off", orange)]
     panels = {
-        "Mean log-probability per token": [
-            ("logps/chosen", "helpful answer", blue),
-            ("logps/rejected", "brush-off", orange),
-        ],
-        f"Reward margin ({BETA:g} x difference)": [("rewards/margins", "helpful minus brush-off", grey)],
-        "Accuracy (helpful answer likelier)": [("rewards/accuracies", "share of pairs", grey)],
+        "Mean log-probability per token": (logps, "upper left"),
+        f"Reward margin ({BETA:g} x difference)": ([("rewards/margins", "helpful - brush-off", grey)], "upper left"),
+        "Accuracy (helpful answer likelier)": ([("rewards/accuracies", "share of pairs", grey)], "lower right"),
     }
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+    for axis, (title, (curves, corner)) in zip(axes, panels.items(), strict=True):
         for key, label, color in curves:
             train = [(entry["step"], entry[key]) for entry in history if key in entry]
             held = [(entry["step"], entry[f"eval_{key}"]) for entry in history if f"eval_{key}" in entry]
             axis.plot(*zip(*train, strict=True), color=color, alpha=0.35, linewidth=1.2, label=f"{label}, training")
-            axis.plot(*zip(*held, strict=True), color=color, marker="o", markersize=4, label=f"{label}, held-out")
+            axis.plot(*zip(*held, strict=True), color=color, marker="o", markersize=3, label=f"{label}, held-out")
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8.5)
+        axis.legend(frameon=False, fontsize=8.5, loc=corner)
     axes[2].set_ylim(-0.03, 1.03)
     figure.suptitle("ORPO on customer-service answers: a small Llama, from random weights, with Axolotl", fontsize=12)
     figure.savefig(path, dpi=130)

@@ -1,0 +1,25 @@
+"""What the documents say is what was measured, and what they name exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def test_figures_in_documents_are_those_of_the_results() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "quote.py"), "--check"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, f"run python benchmarks/quote.py: {run.stdout}{run.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_inside_the_repository_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert not missing

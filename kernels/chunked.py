@@ -201,7 +201,7 @@ class Tiling:
     def plan(cls, hidden: Tensor, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
         """Tiles that stay in a CPU's caches, or fill a GPU; and what the budget keeps."""
         (count, width), vocabulary = hidden.shape, weight.shape[0]
-        lines, columns, block = (4096, 8192, 8192) if hidden.is_cuda else (512, 1024, 4096)
+        lines, columns, block = (4096, 8192, 8192) if hidden.is_cuda else (512, 512, 4096)
         lines, columns, block = min(lines, max(count, 1)), min(columns, vocabulary), min(block, max(count, 1))
         kept = 0
         if trainable:
@@ -403,7 +403,7 @@ class _Head:
         self.hidden, self.weight, self.tokens = hidden.to(self.dtype), weight, tokens
         self.bias = None if bias is None else bias.to(self.wide)
         self.transform, self.tiling, self.steps = transform, tiling, steps
-        self._memory: Tensor | None = None
+        self._memory: dict[str, Tensor] = {}
 
     def scan(self, *, need_hidden: bool, need_means: bool) -> _Scan:
         """The pass over all tiles that every call needs."""
@@ -456,7 +456,7 @@ class _Head:
             if index < len(kept.tiles):
                 kept.references[index][lines] = here.reference
             if expected is not None and out is not None:
-                product = times_transposed(out, weight.T)
+                product = self._product(out, weight.T)
                 if index == 0:
                     expected[lines] = product
                 else:
@@ -531,7 +531,7 @@ class _Head:
         return d_weight, d_bias
 
     def _gradient_tiles(self, scan: _Scan) -> Iterator[tuple[slice, Iterable[tuple[slice, Tensor]]]]:
-        """(columns, ((lines, tile [columns, lines]), ...)): minus `total` times the derivative of logp by raw logits."""
+        """(columns, ((lines, tile), ...)), a tile [columns, lines] being -`total` times d logp / d raw logits."""
         at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
         count, kept = len(self.hidden), scan.kept
         done = kept.columns[-1].stop if kept.columns else 0
@@ -561,13 +561,26 @@ class _Head:
         return out
 
     def _raw(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b.T of one tile; on CPUs in memory that the next tile overwrites."""
-        if self.dtype != torch.bfloat16 or a.is_cuda:
-            return times_transposed(a, b)
-        size = len(a) * len(b)
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = a.new_empty(size)
-        return times_transposed(a, b, self._memory[:size].view(len(a), len(b)))
+        """a @ b.T of one tile, in its own memory until the next call."""
+        return times_transposed(a, b, self._reused("raw", len(a), len(b)))
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b.T in at least fp32, in its own memory until the next call."""
+        product = times_transposed(a, b, self._reused("product", len(a), len(b)))
+        if product.dtype.itemsize > 2:
+            return product
+        wide = self._reused("wide product", len(a), len(b), torch.float32)
+        return product if wide is None else wide.copy_(product)
+
+    def _reused(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Memory for results that a CPU leaves in bf16; None where products come wide, in memory of their own."""
+        # New memory for each tile would be handed back to the system and faulted in again, page by page.
+        if self.dtype != torch.bfloat16 or self.hidden.is_cuda:
+            return None
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < rows * columns:
+            memory = self._memory[name] = self.hidden.new_empty(rows * columns, dtype=dtype or self.dtype)
+        return memory[: rows * columns].view(rows, columns)
 
     def _like(self, raw: Tensor) -> Tensor:
         """Where a tile goes to be multiplied: `raw` itself unless it is too wide."""

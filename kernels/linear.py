@@ -75,7 +75,7 @@ def linear_orpo_loss(
     _check_shapes(hidden, weight, labels, nll_labels, bias)
     chosen_kernel = plugins.kernel(kernel, hidden.device)
     predictions = Predictions.from_labels(labels, nll_labels, ignore_index)
-    _check_labels(predictions, labels.shape[1], weight.shape[0])
+    check_labels(predictions, labels.shape[1], weight.shape[0])
     rows = hidden.flatten(0, 1).index_select(0, predictions.rows)
     _check_finite(rows, predictions, labels.shape[1])
 
@@ -151,7 +151,8 @@ def _check_shapes(
             raise BatchError(f"{name} has dtype {indices.dtype}: token ids must be torch.int64")
 
 
-def _check_labels(predictions: Predictions, length: int, vocabulary: int) -> None:
+def check_labels(predictions: Predictions, length: int, vocabulary: int) -> None:
+    """Raises `BatchError` for a token outside of 0..vocabulary-1 and for an answer without a token."""
     outside = (predictions.tokens < 0) | (predictions.tokens >= vocabulary)
     empty = predictions.answer_lengths() == 0
     if not bool(outside.any() | empty.any()):

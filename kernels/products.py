@@ -6,7 +6,9 @@ from torch import Tensor
 # torch.mm sends fp32 on x86 to MKL, which on CPUs that are not Intel's leaves half of the vector width unused: 225
 # against 465 GFLOP/s per two Zen 5 cores.  oneDNN, which ships with torch as well, does not.  This is the operator
 # that torch.compile itself emits for linear layers; there is no public name for it.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# fp32 results of 16-bit products came with torch 2.8.
+_WIDE_RESULTS = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -14,7 +16,7 @@ def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
     Returns `out` where it is given, rounded to its dtype.
     """
-    if a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
+    if _WIDE_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
         product = torch.mm(a, b.T, out_dtype=torch.float32)
     elif a.device.type == "cpu" and a.dtype == torch.float32 and _ONEDNN is not None and a.numel() and b.numel():
         product = _ONEDNN(a, b, None, "none", [], "")

@@ -1,0 +1,144 @@
+"""liger-kernel's `LigerFusedLinearORPOLoss`, by one changed import."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orpo_plugins import plugins
+from orpo_plugins.errors import BatchError
+from orpo_plugins.interfaces import HeadOptions, Objective
+from orpo_plugins.kernels.linear import check_labels
+from orpo_plugins.objective import log_odds, odds_ratio_loss
+from orpo_plugins.predictions import Predictions
+
+
+class FusedLinearORPOLoss(nn.Module):
+    """ORPO with the constructor, call and return values of liger-kernel 0.8.5's `LigerFusedLinearORPOLoss`.
+
+        from orpo_plugins import FusedLinearORPOLoss as LigerFusedLinearORPOLoss
+
+    The differences are those of the kernel beneath: ignored tokens cost nothing, `compiled` and `chunk_size` have no
+    effect (nothing is compiled and tiles are cut by tokens and vocabulary), and a bad batch raises `BatchError` where
+    liger-kernel returns NaN.
+
+    Args:
+        ignore_index: marks positions that predict nothing.
+        beta: weight of the odds-ratio term.
+        compute_nll_loss: whether the NLL of the chosen rows is part of the loss.
+        compiled: accepted, without effect.
+        chunk_size: accepted, without effect.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        nll_target: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and its figures.
+
+        Args:
+            lin_weight: [V, H].
+            _input: [2B, T, H], chosen rows first.
+            target: [2B, T], already shifted.
+            bias: [V] or None.
+            nll_target: [2B, T] or [B, T]; the NLL of the chosen rows is taken over its first B rows.
+
+        Returns:
+            (loss, (chosen_logps [B], rejected_logps [B], chosen_logits_mean, rejected_logits_mean, nll_loss,
+            chosen_rewards [B], rejected_rewards [B], log_odds_ratio, log_odds_chosen)); what has no shape here is a
+            scalar.  Logit means are over all B * T positions, ignored ones included.
+        """
+        self._check(lin_weight, _input, target, nll_target)
+        pairs = target.shape[0] // 2
+        predictions = self._predictions(target, target[:pairs] if nll_target is None else nll_target[:pairs])
+        check_labels(predictions, target.shape[1], lin_weight.shape[0])
+        rows = _input.flatten(0, 1).index_select(0, predictions.rows)
+        result = plugins.kernel("auto", _input.device).compute(
+            rows, lin_weight, bias, predictions, self._objective(predictions), HeadOptions()
+        )
+        chosen, rejected = result.logps.view(2, -1)
+        odds = log_odds(chosen, rejected)
+        figures = (
+            chosen,
+            rejected,
+            *_logit_means(_input, lin_weight, bias),
+            result.nll_loss,
+            self.beta * chosen,
+            self.beta * rejected,
+            F.logsigmoid(odds).mean(),
+            odds.mean(),
+        )
+        return result.loss, figures
+
+    def _objective(self, predictions: Predictions) -> Objective:
+        in_nll = predictions.in_nll.float()
+        return Objective(
+            nll_weights=in_nll / in_nll.sum().clamp(min=1),
+            pair_loss=lambda pairs: odds_ratio_loss(pairs, beta=self.beta, odds_temperature=1.0).mean(),
+        )
+
+    def _predictions(self, target: Tensor, nll_target: Tensor) -> Predictions:
+        """The table; unlike `linear_orpo_loss`, liger-kernel lets the NLL ask a position for another token."""
+        pairs, length = target.shape[0] // 2, target.shape[1]
+        nll = torch.full_like(target, self.ignore_index)
+        if self.compute_nll_loss:
+            nll[:pairs] = nll_target
+        agreed = torch.where(nll == target, nll, self.ignore_index)
+        alone = torch.where(nll == target, self.ignore_index, nll)
+        order = torch.arange(2 * pairs, device=target.device).view(2, pairs).T.reshape(-1)
+        tokens = torch.stack([target, alone], dim=1)[order]  # [2B, 2, T], pair by pair
+        sequence, kind, position = (tokens != self.ignore_index).nonzero(as_tuple=True)
+        tokens, sequence = tokens[sequence, kind, position], order[sequence]
+        return Predictions(
+            rows=sequence * length + position,
+            tokens=tokens,
+            sequences=sequence,
+            in_answer=kind == 0,
+            in_nll=(kind == 1) | (agreed != self.ignore_index)[sequence, position],
+            num_pairs=pairs,
+        )
+
+    @staticmethod
+    def _check(lin_weight: Tensor, _input: Tensor, target: Tensor, nll_target: Tensor | None) -> None:
+        if _input.ndim != 3 or _input.shape[0] % 2 or target.shape != _input.shape[:2]:
+            raise BatchError(
+                f"_input has shape {tuple(_input.shape)} and target {tuple(target.shape)}: expected [2B, T, H] and "
+                "[2B, T], chosen rows before rejected ones"
+            )
+        if lin_weight.shape[1] != _input.shape[2]:
+            raise BatchError(
+                f"lin_weight has shape {tuple(lin_weight.shape)} and _input {tuple(_input.shape)}: "
+                "their last dimensions must agree. The weight comes first in this call"
+            )
+        if nll_target is not None and (len(nll_target) < len(target) // 2 or nll_target.shape[1:] != target.shape[1:]):
+            raise BatchError(
+                f"nll_target has shape {tuple(nll_target.shape)}: expected that of target, {tuple(target.shape)}, "
+                "or its chosen half"
+            )
+
+
+@torch.no_grad()
+def _logit_means(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean logit over all positions of the chosen and of the rejected rows: linear, so no logits are needed."""
+    mean_row = weight.mean(0, dtype=torch.float32)
+    offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+    chosen, rejected = hidden.unflatten(0, (2, -1)).mean((1, 2), dtype=torch.float32) @ mean_row + offset
+    return chosen, rejected

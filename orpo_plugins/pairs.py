@@ -11,16 +11,14 @@ it; and where prompt and answer merge over more than one token of the prompt, al
 answer are labelled (TRL leaves some out, or gives up).
 """
 
-import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from orpo_plugins.errors import ConfigError, RowError
-from orpo_plugins.interfaces import Message, Pair, Preference, TokenSequence
+from orpo_plugins.errors import ConfigError
+from orpo_plugins.interfaces import Pair, Preference, TokenSequence
 from orpo_plugins.predictions import IGNORE_INDEX
-from orpo_plugins.row_formats import common_prefix
+from orpo_plugins.texts import TextBuilder, Texts, special_tokens
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
@@ -87,17 +85,6 @@ class Answer(NamedTuple):
     """As long as `ids`: the token, or -100 for text between the turns of the answer."""
 
 
-class _Texts(NamedTuple):
-    """A preference as text: the shared prompt, both whole texts, and the answer's spans in each (None: all of it)."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_spans: list[tuple[int, int]] | None = None
-    rejected_spans: list[tuple[int, int]] | None = None
-    repaired: bool = False
-
-
 class PairBuilder:
     """Callable: `Preference` to `BuiltPair`, or `Dropped` with the reason.
 
@@ -119,12 +106,14 @@ class PairBuilder:
             )
         self.tokenizer = tokenizer
         self.options = PairOptions() if options is None else options
+        self._write = TextBuilder(tokenizer)
+        self._special_ids = frozenset([*special_tokens(tokenizer), IGNORE_INDEX])
 
     def __call__(self, preference: Preference) -> BuiltPair | Dropped:
         """Builds one pair."""
-        if reason := self._unusable(preference):
+        if reason := self._write.unusable(preference):
             return Dropped(reason=reason)
-        texts = self._texts(preference)
+        texts = self._write(preference)
         if not texts.prompt.strip():
             return Dropped(reason="empty prompt")
         if texts.chosen == texts.rejected:
@@ -136,127 +125,9 @@ class PairBuilder:
             return Dropped(reason=f"the {name} answer is empty after tokenization")
         return self.fit(self._close(chosen), self._close(rejected), repaired=texts.repaired)
 
-    # ---- text
-
-    def _unusable(self, preference: Preference) -> str | None:
-        """Why a row cannot be used, as far as its text tells."""
-        if not _content(preference.prompt).strip():
-            return "empty prompt"
-        for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
-            own = answer if isinstance(answer, str) else [m for m in answer if m["role"] == "assistant"]
-            content = _content(own)
-            if not own or not content.strip():
-                return f"the {name} answer is empty"
-            if self._special_text.fullmatch(content):
-                return f"the {name} answer holds special tokens only"
-        return "chosen equals rejected" if preference.chosen == preference.rejected else None
-
-    def _texts(self, preference: Preference) -> _Texts:
-        """The texts to tokenize, templated and with the prompt in them once."""
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
-        plain = preference if isinstance(preference.prompt, str) else preference.plain
-        if plain is not None and (plain is preference or not has_template or self._is_templated(plain)):
-            return self._plain_texts(str(plain.prompt), str(plain.chosen), str(plain.rejected))
-        if not has_template:
-            raise ConfigError(
-                "the dataset holds conversations but the tokenizer has no chat template: set tokenizer.chat_template, "
-                "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
-            )
-        return self._chat_texts(preference)
-
-    def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
-        if not self._repeats_prompt(prompt, chosen, rejected):
-            return _Texts(prompt, prompt + chosen, prompt + rejected)
-        shared = common_prefix(chosen, rejected)
-        opening = self._answer_opening
-        if opening and opening in shared:
-            shared = shared[: shared.rindex(opening) + len(opening)]
-        elif len(shared) < max(len(chosen), len(rejected)) and shared.endswith(" "):
-            shared = shared[:-1]
-        return _Texts(shared, chosen, rejected, repaired=True)
-
-    def _repeats_prompt(self, prompt: str, chosen: str, rejected: str) -> bool:
-        """Whether both answers hold the whole conversation, so that prompt + answer would hold it twice."""
-        shared = common_prefix(chosen, rejected)
-        marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_marked(text)]
-        own = prompt.strip()
-        # A short prompt may stand in an answer by chance; what follows a template's marker is no chance.
-        if own[-40:] in shared if marked else len(own) >= 20 and own in shared:
-            return True
-        if not marked or self._special_token.search(prompt):
-            return False
-        if len(marked) == 2 and self._answer_opening and self._answer_opening in shared:
-            return not shared.startswith(self._answer_opening)
-        text = chosen if "chosen" in marked else rejected
-        raise RowError(
-            f"{' and '.join(marked)}: the text begins with a special token ({_start(text)}), the prompt "
-            f"({_start(prompt)}) does not, and what both answers share does not hold it: the prompt would be trained "
-            "twice, or not at all. Pass message lists, or strings without the template"
-        )
-
-    def _is_templated(self, plain: Preference) -> bool:
-        return any(self._starts_marked(str(text)) for text in (plain.prompt, plain.chosen, plain.rejected))
-
-    def _starts_marked(self, text: str) -> bool:
-        return self._special_token.match(text.lstrip()) is not None
-
-    def _chat_texts(self, preference: Preference) -> _Texts:
-        assert not isinstance(preference.prompt, str)
-        prompt, arguments = list(preference.prompt), dict(preference.template_arguments)
-        answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected)]
-        full = [self._render(prompt + answer, arguments) for answer in answers]
-        starts_answer = all(answer[0]["role"] == "assistant" for answer in answers)
-        one_turn = starts_answer and all(len(answer) == 1 for answer in answers)
-        opened = self._render(prompt, arguments, add_generation_prompt=starts_answer)
-        # A template may open an answer otherwise than it writes a finished one (a reasoning block, trimmed space).
-        opened = common_prefix(opened, *full)
-        if one_turn:
-            return _Texts(opened, full[0], full[1])
-        spans = [self._spans(prompt, answer, text, arguments) for answer, text in zip(answers, full, strict=True)]
-        return _Texts(opened, full[0], full[1], spans[0], spans[1])
-
-    def _spans(
-        self, prompt: list[Message], answer: list[Message], full: str, arguments: dict[str, Any]
-    ) -> list[tuple[int, int]]:
-        """Where the assistant's turns stand in the text of a conversation whose answer has several messages.
-
-        The text before a turn is rendered for its beginning.  Its end is found from behind: what the template writes
-        between the turn's closing and the next opening, rendered around a stand-in, since templates may rewrite
-        earlier turns once others follow.
-        """
-        messages = prompt + answer
-        turns = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
-        opened = [self._render(messages[:k], arguments, add_generation_prompt=True) for k in turns]
-        starts = [len(common_prefix(text, full)) for text in opened]
-        spans = []
-        for number, k in enumerate(turns):
-            following = turns[number + 1] if number + 1 < len(turns) else len(messages)
-            end = starts[number + 1] if number + 1 < len(turns) else len(full)
-            if following > k + 1:
-                last = following == len(messages)
-                end -= self._length_between(messages, k, following, arguments, opens=not last)
-            spans.append((starts[number], max(end, starts[number])))
-        return spans
-
-    def _length_between(
-        self, messages: list[Message], turn: int, following: int, arguments: dict[str, Any], *, opens: bool
-    ) -> int:
-        """Characters that the template writes after a turn's closing, up to the opening of the next turn."""
-        stand_in = [*messages[:turn], {"role": "assistant", "content": _STAND_IN}]
-        closed = self._render(stand_in, arguments).rpartition(_STAND_IN)[2]
-        whole = self._render(stand_in + messages[turn + 1 : following], arguments, add_generation_prompt=opens)
-        return max(0, len(whole.rpartition(_STAND_IN)[2]) - len(closed))
-
-    def _render(self, messages: list[Message], arguments: dict[str, Any], **options: Any) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **arguments))
-        except Exception as error:  # templates raise errors of their own choosing
-            roles = ", ".join(str(message["role"]) for message in messages)
-            raise RowError(f"the chat template refuses the messages (roles: {roles}): {error}") from error
-
     # ---- tokens
 
-    def _tokens(self, texts: _Texts) -> tuple[Answer, Answer]:
+    def _tokens(self, texts: Texts) -> tuple[Answer, Answer]:
         prompt, chosen, rejected = self._encode([texts.prompt, texts.chosen, texts.rejected])
         return (
             self._answer(prompt, chosen, texts.chosen, texts.chosen_spans),
@@ -312,7 +183,7 @@ class PairBuilder:
         for name, answer in zip(("chosen", "rejected"), cut, strict=True):
             if self._special_ids.issuperset(answer.labels):
                 return Dropped(reason=f"no room is left for the {name} answer")
-        if cut[0] == cut[1]:
+        if cut[0].prompt + cut[0].ids == cut[1].prompt + cut[1].ids:
             return Dropped(reason="chosen equals rejected after truncation")
         return BuiltPair(
             pair=Pair(chosen=_sequence(cut[0]), rejected=_sequence(cut[1])),
@@ -343,84 +214,16 @@ class PairBuilder:
             return [[bos, *prompt[1 + excess :]] for prompt in prompts]
         return [prompt[excess:] for prompt in prompts]
 
-    # ---- what the tokenizer's special tokens look like
-
-    @functools.cached_property
-    def _special_tokens(self) -> dict[int, str]:
-        """All of them: the named ones, and the markers that only the chat template uses."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
-        ids = [*self.tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))]
-        unknown = {getattr(self.tokenizer, "unk_token_id", None)} - {self.tokenizer.eos_token_id}
-        texts = zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True)
-        return {i: str(token) for i, token in texts if i not in unknown}  # what is unknown is text all the same
-
-    @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset([*self._special_tokens, IGNORE_INDEX])
-
-    @functools.cached_property
-    def _special_pattern(self) -> str:
-        # Longest first: one marker may begin like another.
-        texts = sorted((text for text in self._special_tokens.values() if text), key=len, reverse=True)
-        return "|".join(map(re.escape, texts))
-
-    @functools.cached_property
-    def _special_text(self) -> re.Pattern[str]:
-        return re.compile(rf"(?:{self._special_pattern}|\s)+")
-
-    @functools.cached_property
-    def _special_token(self) -> re.Pattern[str]:
-        return re.compile(self._special_pattern)
-
-    @functools.cached_property
-    def _answer_opening(self) -> str:
-        """What the chat template writes before an answer; empty where there is no template."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            return ""
-        question = [{"role": "user", "content": _STAND_IN}]
-        try:
-            asked = self._render(question, {})
-            opened = self._render(question, {}, add_generation_prompt=True)
-        except RowError:
-            return ""  # a template that wants more than a question
-        return opened[len(asked) :] if opened.startswith(asked) else ""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Without what is derived: a copy in another process, or a hash, depends on the arguments alone.
-        return {"tokenizer": self.tokenizer, "options": self.options}
-
-
-_STAND_IN = "~stand-in~"
-
 
 def _boundary(beginning: list[int], ids: list[int]) -> int:
     """The first token of `ids` that differs from, or comes after, the tokens of the text's beginning."""
     shortest = min(len(beginning), len(ids))
-    return next((i for i in range(shortest) if beginning[i] != ids[i]), shortest)
+    if beginning[:shortest] == ids[:shortest]:
+        return shortest
+    return next((i for i in range(shortest) if beginning[i] != ids[i]))
 
 
 def _sequence(answer: Answer) -> TokenSequence:
     return TokenSequence(
         input_ids=answer.prompt + answer.ids, labels=[IGNORE_INDEX] * len(answer.prompt) + answer.labels
     )
-
-
-def _messages(value: str | list[Message]) -> list[Message]:
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-
-
-def _content(value: str | list[Message]) -> str:
-    """All text in a value; parts that are no text, and calls of tools, count as text."""
-    if isinstance(value, str):
-        return value
-    texts = []
-    for message in value:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else content
-        text = "".join(str(part.get("text") or part) if isinstance(part, dict) else str(part) for part in parts)
-        texts.append(text + str(message.get("tool_calls") or ""))
-    return "\n".join(texts)
-
-
-def _start(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orpo_plugins
-from orpo_plugins import interfaces, pairs, plugins, row_formats
+from orpo_plugins import interfaces, pairs, plugins, row_formats, texts
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import TokenSequence
 from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
@@ -262,6 +262,8 @@ def _flags(built: BuiltPair) -> dict[str, bool]:
 
 def _as_dataset(rows: list[dict[str, Any]]) -> Any:
     """A `datasets.Dataset`, whose columns a Trainer can ask for (lengths, for one); a list without that package."""
+    if not rows:
+        return rows
     try:
         import datasets
     except ImportError:
@@ -326,7 +328,7 @@ def _fingerprint(dataset: Any, rows: RowTokenizer) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    modules = [sys.modules[__name__], interfaces, pairs, row_formats]
+    modules = [sys.modules[__name__], interfaces, pairs, row_formats, texts]
     formats = [(row_format.name, _source(row_format.parse)) for row_format in plugins.row_formats()]
     return str(
         Hasher.hash(

@@ -110,9 +110,13 @@ def parse_row(row: Row, index: int | str) -> Preference:
 
 def common_prefix(*texts: str) -> str:
     """What all texts begin with."""
-    shortest = min(texts, key=len)
-    differing = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
-    return shortest[: next(differing, len(shortest))]
+    # Of sorted texts the first and the last differ the earliest; halving compares long texts at the speed of C.
+    first, last = min(texts), max(texts)
+    known, limit = 0, min(len(first), len(last))
+    while known < limit:
+        middle = (known + limit + 1) // 2
+        known, limit = (middle, limit) if last.startswith(first[known:middle], known) else (known, middle - 1)
+    return first[:known]
 
 
 # ---- the formats

@@ -1,0 +1,223 @@
+"""A preference becomes text: the chat template applied, the prompt in it once.
+
+Three texts come out: the prompt, and both whole conversations, each of which begins with the prompt.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.interfaces import Message, Preference
+from orpo_plugins.row_formats import common_prefix
+
+_STAND_IN = "~stand-in~"
+"""Stands for a message's content where only the template around it is of interest."""
+
+
+class Texts(NamedTuple):
+    """A preference as text: the shared prompt, both whole texts, and the answer's spans in each (None: all of it)."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_spans: list[tuple[int, int]] | None = None
+    rejected_spans: list[tuple[int, int]] | None = None
+    repaired: bool = False
+
+
+class TextBuilder:
+    """Callable: `Preference` to `Texts`.
+
+    Args:
+        tokenizer: see `PairBuilder`.
+
+    Raises:
+        ConfigError: a conversation, and no chat template.
+        RowError: a conversation that the template refuses, or templated text whose prompt cannot be found.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def unusable(self, preference: Preference) -> str | None:
+        """Why a row cannot be used, as far as its text tells."""
+        prompt = preference.prompt
+        asked = prompt if isinstance(prompt, str) else [m for m in prompt if m["role"] != "system"] or prompt
+        if not _content(asked).strip():
+            return "empty prompt"
+        for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+            own = answer if isinstance(answer, str) else [m for m in answer if m["role"] == "assistant"]
+            content = _content(own)
+            if not own or not content.strip():
+                return f"the {name} answer is empty"
+            if self._special_text.fullmatch(content):
+                return f"the {name} answer holds special tokens only"
+        return "chosen equals rejected" if preference.chosen == preference.rejected else None
+
+    def __call__(self, preference: Preference) -> Texts:
+        """The texts to tokenize, templated and with the prompt in them once."""
+        has_template = getattr(self.tokenizer, "chat_template", None) is not None
+        plain = preference if isinstance(preference.prompt, str) else preference.plain
+        if plain is not None and (plain is preference or not has_template or self._is_templated(plain)):
+            return self._plain_texts(str(plain.prompt), str(plain.chosen), str(plain.rejected))
+        if not has_template:
+            raise ConfigError(
+                "the dataset holds conversations but the tokenizer has no chat template: set tokenizer.chat_template, "
+                "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
+            )
+        return self._chat_texts(preference)
+
+    def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> Texts:
+        if not self._repeats_prompt(prompt, chosen, rejected):
+            return Texts(prompt, prompt + chosen, prompt + rejected)
+        shared = common_prefix(chosen, rejected)
+        opening = self._answer_opening
+        if opening and opening in shared:
+            shared = shared[: shared.rindex(opening) + len(opening)]
+        elif len(shared) < max(len(chosen), len(rejected)) and shared.endswith(" "):
+            shared = shared[:-1]
+        return Texts(shared, chosen, rejected, repaired=True)
+
+    def _repeats_prompt(self, prompt: str, chosen: str, rejected: str) -> bool:
+        """Whether both answers hold the whole conversation, so that prompt + answer would hold it twice."""
+        shared = common_prefix(chosen, rejected)
+        marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_marked(text)]
+        own = prompt.strip()
+        # A short prompt may stand in an answer by chance; what follows a template's marker is no chance.
+        if own[-40:] in shared if marked else len(own) >= 20 and own in shared:
+            return True
+        if not marked or self._special_token.search(prompt):
+            return False
+        if len(marked) == 2 and self._answer_opening and self._answer_opening in shared:
+            return not shared.startswith(self._answer_opening)
+        text = chosen if "chosen" in marked else rejected
+        raise RowError(
+            f"{' and '.join(marked)}: the text begins with a special token ({_start(text)}), the prompt "
+            f"({_start(prompt)}) does not, and what both answers share does not hold it: the prompt would be trained "
+            "twice, or not at all. Pass message lists, or strings without the template"
+        )
+
+    def _is_templated(self, plain: Preference) -> bool:
+        return any(self._starts_marked(str(text)) for text in (plain.prompt, plain.chosen, plain.rejected))
+
+    def _starts_marked(self, text: str) -> bool:
+        return self._special_token.match(text.lstrip()) is not None
+
+    def _chat_texts(self, preference: Preference) -> Texts:
+        assert not isinstance(preference.prompt, str)
+        prompt, arguments = list(preference.prompt), dict(preference.template_arguments)
+        answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected)]
+        full = [self._render(prompt + answer, arguments) for answer in answers]
+        starts_answer = all(answer[0]["role"] == "assistant" for answer in answers)
+        one_turn = starts_answer and all(len(answer) == 1 for answer in answers)
+        opened = self._render(prompt, arguments, add_generation_prompt=starts_answer)
+        # A template may open an answer otherwise than it writes a finished one (a reasoning block, trimmed space).
+        opened = common_prefix(opened, *full)
+        if one_turn:
+            return Texts(opened, full[0], full[1])
+        spans = [self._spans(prompt, answer, text, arguments) for answer, text in zip(answers, full, strict=True)]
+        return Texts(opened, full[0], full[1], spans[0], spans[1])
+
+    def _spans(
+        self, prompt: list[Message], answer: list[Message], full: str, arguments: dict[str, Any]
+    ) -> list[tuple[int, int]]:
+        """Where the assistant's turns stand in the text of a conversation whose answer has several messages.
+
+        The text before a turn is rendered for its beginning.  Its end is found from behind: what the template writes
+        between the turn's closing and the next opening, rendered around a stand-in, since templates may rewrite
+        earlier turns once others follow.
+        """
+        messages = prompt + answer
+        turns = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
+        opened = [self._render(messages[:k], arguments, add_generation_prompt=True) for k in turns]
+        starts = [len(common_prefix(text, full)) for text in opened]
+        spans = []
+        for number, k in enumerate(turns):
+            following = turns[number + 1] if number + 1 < len(turns) else len(messages)
+            end = starts[number + 1] if number + 1 < len(turns) else len(full)
+            if following > k + 1:
+                last = following == len(messages)
+                end -= self._length_between(messages, k, following, arguments, opens=not last)
+            spans.append((starts[number], max(end, starts[number])))
+        return spans
+
+    def _length_between(
+        self, messages: list[Message], turn: int, following: int, arguments: dict[str, Any], *, opens: bool
+    ) -> int:
+        """Characters that the template writes after a turn's closing, up to the opening of the next turn."""
+        stand_in = [*messages[:turn], {"role": "assistant", "content": _STAND_IN}]
+        closed = self._render(stand_in, arguments).rpartition(_STAND_IN)[2]
+        whole = self._render(stand_in + messages[turn + 1 : following], arguments, add_generation_prompt=opens)
+        return max(0, len(whole.rpartition(_STAND_IN)[2]) - len(closed))
+
+    def _render(self, messages: list[Message], arguments: dict[str, Any], **options: Any) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **arguments))
+        except Exception as error:  # templates raise errors of their own choosing
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise RowError(f"the chat template refuses the messages (roles: {roles}): {error}") from error
+
+    @functools.cached_property
+    def _special_pattern(self) -> str:
+        # Longest first: one marker may begin like another.
+        texts = sorted((text for text in special_tokens(self.tokenizer).values() if text), key=len, reverse=True)
+        return "|".join(map(re.escape, texts))
+
+    @functools.cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        return re.compile(rf"(?:{self._special_pattern}|\s)+")
+
+    @functools.cached_property
+    def _special_token(self) -> re.Pattern[str]:
+        return re.compile(self._special_pattern)
+
+    @functools.cached_property
+    def _answer_opening(self) -> str:
+        """What the chat template writes before an answer; empty where there is no template."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return ""
+        question = [{"role": "user", "content": _STAND_IN}]
+        try:
+            asked = self._render(question, {})
+            opened = self._render(question, {}, add_generation_prompt=True)
+        except RowError:
+            return ""  # a template that wants more than a question
+        return opened[len(asked) :] if opened.startswith(asked) else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is derived: a copy in another process, or a hash, depends on the arguments alone.
+        return {"tokenizer": self.tokenizer}
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """All of them by id: the named ones, and the markers that only a chat template uses.
+
+    Without the unknown token: what is unknown to the tokenizer is text all the same.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    ids = [*tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))]
+    unknown = {getattr(tokenizer, "unk_token_id", None)} - {tokenizer.eos_token_id}
+    texts = zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    return {i: str(token) for i, token in texts if i not in unknown}
+
+
+def _messages(value: str | list[Message]) -> list[Message]:
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def _content(value: str | list[Message]) -> str:
+    """All text in a value; parts that are no text, and calls of tools, count as text."""
+    if isinstance(value, str):
+        return value
+    texts = []
+    for message in value:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else content
+        text = "".join(str(part.get("text") or part) if isinstance(part, dict) else str(part) for part in parts)
+        texts.append(text + str(message.get("tool_calls") or ""))
+    return "\n".join(texts)
+
+
+def _start(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,317 @@
+"""A preference becomes a pair: where the answer begins, BOS and EOS, what is repaired, refused or dropped."""
+
+from typing import Any
+
+import pytest
+from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
+from tokenizers import normalizers
+
+from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.interfaces import TokenSequence
+from orpo_plugins.pairs import BuiltPair, Dropped, PairBuilder, PairOptions
+from orpo_plugins.row_formats import parse_row
+
+CHATML = chatml_tokenizer()
+INST = inst_tokenizer()
+GPT2 = gpt2_tokenizer()
+
+
+def built(row: dict[str, Any], tokenizer: Any = CHATML, **options: Any) -> BuiltPair:
+    result = PairBuilder(tokenizer, PairOptions(**options))(parse_row(row, 0))
+    assert isinstance(result, BuiltPair), result
+    return result
+
+
+def dropped(row: dict[str, Any], tokenizer: Any = CHATML, **options: Any) -> str:
+    result = PairBuilder(tokenizer, PairOptions(**options))(parse_row(row, 0))
+    assert isinstance(result, Dropped), result
+    return result.reason
+
+
+def split(sequence: TokenSequence, tokenizer: Any = CHATML) -> tuple[str, str]:
+    """The text that is not labelled, and the text that is."""
+    pairs = list(zip(sequence.input_ids, sequence.labels, strict=True))
+    assert all(label in (token, -100) for token, label in pairs)
+    hidden = [token for token, label in pairs if label == -100]
+    return tokenizer.decode(hidden), tokenizer.decode([token for token, label in pairs if label != -100])
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+# ---- what is labelled
+
+
+def test_strings_are_joined_as_they_are_between_bos_and_eos() -> None:
+    pair = built({"prompt": "the dog", "chosen": " sleeps", "rejected": " jumps"}).pair
+    assert split(pair.chosen) == ("<s>the dog", " sleeps<|im_end|>")
+    assert split(pair.rejected) == ("<s>the dog", " jumps<|im_end|>")
+
+
+def test_a_token_that_merges_prompt_and_answer_belongs_to_the_answer() -> None:
+    assert CHATML.tokenize("the dog jumps")[-1] == "Ġjumps"
+    pair = built({"prompt": "the dog jum", "chosen": "ps", "rejected": " over"}).pair
+    assert split(pair.chosen) == ("<s>the dog", " jumps<|im_end|>")
+    assert split(pair.rejected) == ("<s>the dog jum", " over<|im_end|>")
+
+
+def test_a_conversation_goes_through_the_chat_template() -> None:
+    pair = built({"prompt": [user("the dog")], "chosen": [assistant("sleeps")], "rejected": [assistant("jumps")]}).pair
+    prompt, answer = split(pair.chosen)
+    assert prompt == "<s><|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n"
+    # The template ends with a newline after EOS; TRL closes that with EOS again.
+    assert answer == "sleeps<|im_end|>\n<|im_end|>"
+
+
+def test_a_template_that_writes_bos_and_eos_has_each_once() -> None:
+    row = {"prompt": [user("the dog")], "chosen": [assistant("sleeps")], "rejected": [assistant("jumps")]}
+    sequence = built(row, INST).pair.chosen
+    assert sequence.input_ids.count(INST.bos_token_id) == sequence.input_ids.count(INST.eos_token_id) == 1
+    assert split(sequence, INST)[1].strip() == "sleeps</s>"
+
+
+def test_a_tokenizer_that_adds_bos_itself_adds_it_once() -> None:
+    sequence = built({"prompt": "the dog", "chosen": " sleeps", "rejected": " jumps"}, INST).pair.chosen
+    assert sequence.input_ids[0] == INST.bos_token_id
+    assert sequence.input_ids.count(INST.bos_token_id) == 1
+
+
+def test_user_messages_inside_an_answer_are_not_labelled() -> None:
+    row = {
+        "chosen": [user("Q"), assistant("the fox"), user("and"), user("then"), assistant("the dog")],
+        "rejected": [user("Q"), assistant("jumps"), user("why"), assistant("it sleeps")],
+    }
+    pair = built(row).pair
+    opening, closing = "<|im_start|>assistant\n", "<|im_end|>\n"
+    asked = f"<s><|im_start|>user\nQ{closing}{opening}"
+    assert split(pair.chosen) == (
+        f"{asked}<|im_start|>user\nand{closing}<|im_start|>user\nthen{closing}{opening}",
+        f"the fox{closing}the dog{closing}<|im_end|>",
+    )
+    assert split(pair.rejected) == (
+        f"{asked}<|im_start|>user\nwhy{closing}{opening}",
+        f"jumps{closing}it sleeps{closing}<|im_end|>",
+    )
+
+
+def test_histories_that_differ_from_a_user_message_on_are_masked_up_to_the_answer() -> None:
+    shared = [user("Q"), assistant("the fox")]
+    row = {
+        "chosen": [*shared, user("and"), assistant("the dog")],
+        "rejected": [*shared, user("why"), assistant("it sleeps"), user("well")],
+    }
+    pair = built(row).pair
+    assert split(pair.chosen)[1] == "the dog<|im_end|>\n<|im_end|>"
+    assert split(pair.rejected)[1] == "it sleeps<|im_end|>\n"
+    assert split(pair.rejected)[0].endswith("<|im_start|>user\nwell<|im_end|>\n<|im_end|>")
+
+
+def test_turns_are_found_where_the_template_rewrites_earlier_ones() -> None:
+    # As reasoning models' templates do: reasoning is kept in the last turn alone.
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}",
+    )
+    row = {
+        "chosen": [
+            user("Q"),
+            assistant("<think>fox</think>the dog"),
+            user("and"),
+            assistant("<think>it</think>sleeps"),
+        ],
+        "rejected": [user("Q"), assistant("<think>dog</think>the fox"), user("why"), assistant("jumps")],
+    }
+    assert split(built(row, tokenizer).pair.chosen, tokenizer)[1] == (
+        "the dog<|im_end|>\n<think>it</think>sleeps<|im_end|>\n<|im_end|>"
+    )
+
+
+def test_rows_of_strings_with_a_system_column_use_the_template_where_there_is_one() -> None:
+    row = {"system": "well", "prompt": "the dog", "chosen": "sleeps", "rejected": "jumps"}
+    assert split(built(row).pair.chosen)[0].startswith(
+        "<s><|im_start|>system\nwell<|im_end|>\n<|im_start|>user\nthe dog"
+    )
+    assert split(built(row, GPT2).pair.chosen, GPT2)[0] == "<|endoftext|>well\n\nthe dog"
+
+
+def test_alpaca_rows_use_the_template_where_there_is_one() -> None:
+    row = {"instruction": "the dog", "input": "fox", "chosen": "sleeps", "rejected": "jumps"}
+    assert "<|im_start|>user\nthe dog\nfox<|im_end|>" in split(built(row).pair.chosen)[0]
+    assert split(built(row, GPT2).pair.chosen, GPT2)[0].endswith("### Input:\nfox\n\n### Response:\n")
+
+
+# ---- templated text beside a raw prompt
+
+
+def templated(text: str, question: str = "the quick brown fox jumps") -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
+
+
+def test_templated_answers_beside_a_raw_prompt_do_not_repeat_it() -> None:
+    row = {"prompt": "the quick brown fox jumps", "chosen": templated("over it"), "rejected": templated("over the dog")}
+    result = built(row)
+    assert result.repaired
+    prompt, answer = split(result.pair.chosen)
+    assert prompt == "<s><|im_start|>user\nthe quick brown fox jumps<|im_end|>\n<|im_start|>assistant\n"
+    assert answer == "over it<|im_end|>\n<|im_end|>"
+
+
+def test_templated_answers_are_recognised_by_the_template_where_the_prompt_is_written_otherwise() -> None:
+    system = "<|im_start|>system\nwell<|im_end|>\n"
+    row = {
+        "system": "well",
+        "prompt": "well/nthe quick fox",
+        "chosen": system + templated("jumps", "the quick fox"),
+        "rejected": system + templated("sleeps", "the quick fox"),
+    }
+    result = built(row)
+    assert result.repaired
+    assert (
+        split(result.pair.chosen)[0]
+        == f"<s>{system}{templated('', 'the quick fox').removesuffix('<|im_end|>' + chr(10))}"
+    )
+
+
+def test_answers_that_repeat_a_long_prompt_without_markers_do_not_train_it_twice() -> None:
+    prompt = "Human: please cancel my order Assistant:"
+    result = built({"prompt": prompt, "chosen": f"{prompt} of course", "rejected": f"{prompt} never"}, GPT2)
+    assert result.repaired
+    assert split(result.pair.chosen, GPT2) == (f"<|endoftext|>{prompt}", " of course<|endoftext|>")
+
+
+def test_a_short_prompt_may_stand_in_an_answer() -> None:
+    result = built({"prompt": "the dog", "chosen": "the dog sleeps", "rejected": "the dog jumps"})
+    assert not result.repaired
+    assert split(result.pair.chosen) == ("<s>the dog", "the dog sleeps<|im_end|>")
+
+
+def test_a_templated_prompt_with_answers_that_go_on_in_the_template_is_left_alone() -> None:
+    opening = "<|im_start|>assistant\n"
+    row = {"prompt": "<|im_start|>user\nfox<|im_end|>\n", "chosen": f"{opening}the dog", "rejected": f"{opening}it"}
+    result = built(row)
+    assert not result.repaired
+    assert split(result.pair.chosen)[1] == f"{opening}the dog<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "names"),
+    [
+        ("<s>sleeps", "<s>jumps", "chosen and rejected"),
+        (templated("sleeps", "the dog"), "jumps", "chosen"),
+        ("sleeps", templated("jumps", "the dog"), "rejected"),
+        (templated("sleeps", "a dog"), templated("jumps", "the fox"), "chosen and rejected"),
+    ],
+)
+def test_templated_text_that_cannot_be_told_from_the_prompt_is_refused(chosen: str, rejected: str, names: str) -> None:
+    message = rf"^{names}: the text begins with a special token \('<.*\), the prompt \('the dog'\) does not"
+    with pytest.raises(RowError, match=message):
+        built({"prompt": "the dog", "chosen": chosen, "rejected": rejected})
+
+
+# ---- what is dropped
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "", "chosen": "A", "rejected": "B"}, "empty prompt"),
+        ({"prompt": " \n", "chosen": "A", "rejected": "B"}, "empty prompt"),
+        ({"system": "S", "prompt": "", "chosen": "A", "rejected": "B"}, "empty prompt"),
+        ({"instruction": "", "input": "", "chosen": "A", "rejected": "B"}, "empty prompt"),
+        ({"prompt": [], "chosen": [assistant("A")], "rejected": [assistant("B")]}, "empty prompt"),
+        ({"chosen": [user("P"), assistant("A")], "rejected": [user("Q"), assistant("B")]}, "empty prompt"),
+        ({"prompt": "Q", "chosen": "", "rejected": "B"}, "the chosen answer is empty"),
+        ({"prompt": "Q", "chosen": "A", "rejected": " \n"}, "the rejected answer is empty"),
+        (
+            {"prompt": [user("Q")], "chosen": [assistant("")], "rejected": [assistant("B")]},
+            "the chosen answer is empty",
+        ),
+        ({"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [user("B")]}, "the rejected answer is empty"),
+        ({"prompt": "Q", "chosen": "<|im_end|>", "rejected": "B"}, "the chosen answer holds special tokens only"),
+        (
+            {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("<s> <|im_end|>")]},
+            "the rejected answer holds special tokens only",
+        ),
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "chosen equals rejected"),
+        ({"chosen": "Q: A", "rejected": "Q: A"}, "chosen equals rejected"),
+        (
+            {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("A")]},
+            "chosen equals rejected",
+        ),
+    ],
+)
+def test_a_row_that_teaches_nothing_is_dropped_with_a_reason(row: dict[str, Any], reason: str) -> None:
+    assert dropped(row) == reason
+
+
+def test_answers_that_the_template_makes_equal_are_dropped() -> None:
+    row = {"prompt": [user("Q")], "chosen": [assistant("fox")], "rejected": [assistant("fox ")]}
+    assert dropped(row, INST) == "chosen equals rejected"
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_at_all_is_dropped() -> None:
+    tokenizer = inst_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("#", "")
+    row = {"prompt": "the dog", "chosen": "##", "rejected": " jumps"}
+    assert dropped(row, tokenizer) == "the chosen answer is empty after tokenization"
+
+
+def test_answers_that_differ_beyond_the_limit_are_dropped() -> None:
+    row = {"prompt": "the dog", "chosen": " sleeps and then it jumps", "rejected": " sleeps and then it answers"}
+    assert dropped(row, max_completion_length=2) == "chosen equals rejected after truncation"
+
+
+def test_a_long_history_of_its_own_may_leave_no_room_for_an_answer() -> None:
+    row = {
+        "chosen": [user("fox"), user("the dog " * 20), assistant("A")],
+        "rejected": [user("fox"), user("it " * 20), assistant("B")],
+    }
+    assert dropped(row, max_length=30) == "no room is left for the chosen answer"
+
+
+# ---- what is refused
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = gpt2_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="the tokenizer has no EOS token.*set tokenizer.eos_token"):
+        PairBuilder(tokenizer)
+
+
+def test_a_conversation_needs_a_chat_template() -> None:
+    row = {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
+    with pytest.raises(ConfigError, match="no chat template: set tokenizer.chat_template, or call .*setup_chat_format"):
+        built(row, GPT2)
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_roles() -> None:
+    row = {"system": "S", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
+    message = r"the chat template refuses the messages \(roles: system, user, assistant\): only user and assistant"
+    with pytest.raises(RowError, match=message):
+        built(row, INST)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 1}, "max_length is 1: it must be None or a whole number of at least 2"),
+        ({"max_length": 10.5}, "max_length is 10.5: it must be None or a whole number"),
+        ({"max_prompt_length": 0}, "max_prompt_length is 0: it must be None or a whole number of at least 1"),
+        ({"max_completion_length": -3}, "max_completion_length is -3"),
+        ({"truncation_mode": "middle"}, "unknown truncation_mode 'middle'; known: keep_end, keep_start"),
+        (
+            {"max_length": 64, "max_prompt_length": 64},
+            "max_prompt_length 64 leaves no room for an answer in max_length 64",
+        ),
+    ],
+)
+def test_lengths_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PairOptions(**options)

@@ -512,52 +512,70 @@ class _Head:
         """d weight [V, H] and d bias [V], each block written once; uses up `scan.kept`."""
         if not need_weight and not need_bias:
             return None, None
-        coefficients = (w * -self.transform.derivative).div_(scan.total)
-        weighted = (self.hidden * coefficients[:, None]).to(self.dtype)
         d_weight = torch.empty_like(self.weight) if need_weight else None
         d_bias = torch.empty_like(self.weight[:, 0]) if need_bias else None
-        for columns, blocks in self._gradient_tiles(scan):
-            of_weight = of_bias = None
-            for lines, tile in blocks:
-                if d_weight is not None:
-                    out = d_weight[columns] if lines.stop - lines.start == len(weighted) else None
-                    of_weight = _plus(of_weight, times_transposed(tile, weighted[lines].T, out))
-                if d_bias is not None:
-                    of_bias = _plus(of_bias, tile.to(self.wide) @ coefficients[lines])
-            if d_weight is not None and of_weight is not None and len(weighted) > self.tiling.block:
-                d_weight[columns] = of_weight
-            if d_bias is not None and of_bias is not None:
-                d_bias[columns] = of_bias
+        coefficients = (w * -self.transform.derivative).div_(scan.total)
+        at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
+        rows = (self.hidden * coefficients[:, None]).to(self.dtype)
+        for columns, tile in self._kept_tiles(scan, at_target):
+            self._write(columns, [(slice(0, len(rows)), tile)], rows, coefficients, d_weight, d_bias)
+        done = scan.kept.columns[-1].stop if scan.kept.columns else 0
+        reference = scan.reference
+        if self.dtype.itemsize == 2:
+            # The coefficient's size goes into the exponent and its sign into the rows, so that nothing but the tile
+            # is rounded to 16 bits.  For wider dtypes an integer reference is the more exact way.
+            sizes, coefficients = coefficients.abs(), coefficients.sign()
+            reference, at_target = reference - sizes.log2(), at_target * sizes
+            rows = self.hidden * coefficients[:, None].to(self.dtype)
+        width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
+        for columns in _cut(len(self.weight), width, start=done):
+            blocks = (
+                (lines, self._again(columns, lines, reference, at_target))
+                for lines in _cut(len(rows), self.tiling.block)
+            )
+            self._write(columns, blocks, rows, coefficients, d_weight, d_bias)
         return d_weight, d_bias
 
-    def _gradient_tiles(self, scan: _Scan) -> Iterator[tuple[slice, Iterable[tuple[slice, Tensor]]]]:
-        """(columns, ((lines, tile), ...)), a tile [columns, lines] being -`total` times d logp / d raw logits."""
-        at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
-        count, kept = len(self.hidden), scan.kept
-        done = kept.columns[-1].stop if kept.columns else 0
+    def _write(
+        self,
+        columns: slice,
+        blocks: Iterable[tuple[slice, Tensor]],
+        rows: Tensor,
+        coefficients: Tensor,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+    ) -> None:
+        """d_weight[columns] = sum of tile @ rows[lines] and d_bias[columns] = sum of tile @ coefficients[lines]."""
+        of_weight = of_bias = None
+        for lines, tile in blocks:
+            whole = lines.stop - lines.start == len(rows)
+            if d_weight is not None:
+                out = d_weight[columns] if whole else None
+                of_weight = _plus(of_weight, times_transposed(tile, rows[lines].T, out))
+            if d_bias is not None:
+                of_bias = _plus(of_bias, tile.to(self.wide) @ coefficients[lines])
+        if d_weight is not None and of_weight is not None and not whole:
+            d_weight[columns] = of_weight
+        if d_bias is not None and of_bias is not None:
+            d_bias[columns] = of_bias
+
+    def _kept_tiles(self, scan: _Scan, at_target: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, tile [columns, lines]) with all tiles at the final reference."""
+        kept = scan.kept
         for index, columns in enumerate(kept.columns):
             tile, kept.tiles[index] = kept.tiles[index], self.hidden.new_empty(0)
             tile *= torch.exp2(kept.references[index] - scan.reference)[:, None].to(self.dtype)
             put(tile, 1, self.tokens - columns.start, at_target)
-            yield columns, [(slice(0, count), tile.T)]
-        width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
-        for columns in _cut(len(self.weight), width, start=done):
-            blocks = _cut(count, self.tiling.block)
-            yield columns, ((lines, self._again(scan, columns, lines, at_target)) for lines in blocks)
+            yield columns, tile.T
 
-    def _again(self, scan: _Scan, columns: slice, lines: slice, at_target: Tensor) -> Tensor:
-        # Transposed, because then both this product and the one with `weighted` read their operands as they lie.
+    def _again(self, columns: slice, lines: slice, reference: Tensor, at_target: Tensor) -> Tensor:
+        """A tile [columns, lines], computed a second time."""
+        # Transposed, because then both this product and the one with the rows read their operands as they lie.
         raw = self._raw(self.weight[columns].to(self.dtype), self.hidden[lines])
         out = self._like(raw)
-        self.steps.gradient(
-            raw,
-            None if self.bias is None else self.bias[columns],
-            self.tokens[lines] - columns.start,
-            self.transform,
-            scan.reference[lines],
-            at_target[lines],
-            out,
-        )
+        bias = None if self.bias is None else self.bias[columns]
+        targets = self.tokens[lines] - columns.start
+        self.steps.gradient(raw, bias, targets, self.transform, reference[lines], at_target[lines], out)
         return out
 
     def _raw(self, a: Tensor, b: Tensor) -> Tensor:

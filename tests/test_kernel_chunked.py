@@ -1,0 +1,284 @@
+"""The chunked head against the obvious one in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_all_within, assert_within, relative_difference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import make_case, run_case
+
+from orpo_plugins.interfaces import HeadOptions, Objective
+from orpo_plugins.kernels import chunked
+from orpo_plugins.kernels.reference import reference_head
+from orpo_plugins.predictions import Predictions
+
+FP32 = 2e-6
+"""Some tens of fp32's rounding unit: what a sum over a few hundred products may lose."""
+
+RAGGED = {
+    "one pair, one token": {"pairs": 1, "length": 1, "width": 1, "vocabulary": 2},
+    "answers of one token": {"pairs": 3, "length": 5, "ignored": 1.0},
+    "odd everything": {"pairs": 3, "length": 7, "width": 33, "vocabulary": 513},
+    "vocabulary of one tile and one": {"pairs": 1, "length": 4, "vocabulary": 513},
+    "more lines than a tile": {"pairs": 2, "length": 259, "width": 5, "vocabulary": 67, "ignored": 0.0},
+    "prompts in the NLL alone": {"pairs": 2, "length": 12, "prompt": 6},
+    "large logits": {"pairs": 2, "length": 6, "scale": 12.0, "vocabulary": 700},
+    "bias": {"pairs": 2, "length": 8, "bias": True, "vocabulary": 600},
+}
+TRANSFORMS = {
+    "plain": {},
+    "soft-cap": {"softcap": 5.0},
+    "scale": {"logit_scale": 0.125},
+    "soft-cap and scale": {"softcap": 3.0, "logit_scale": 2.0},
+}
+
+
+def in_float64(case, **options):
+    """(output, gradients) of the reference on the same inputs in float64."""
+    return run_case(case.to(torch.float64), kernel="reference", **options)
+
+
+def assert_same(actual, expected, tolerance):
+    """Loss, figures and gradients."""
+    for name in ("loss", "nll_loss", "chosen_logps", "rejected_logps"):
+        assert_within(getattr(actual[0], name), getattr(expected[0], name), tolerance, name)
+    assert_all_within(actual[1], expected[1], tolerance)
+
+
+@pytest.fixture(params=[(512, 512, 4096), (5, 64, 7)], ids=["one tile", "many tiles"])
+def tile_sizes(request, monkeypatch):
+    """Tile sizes: those in use, and some that cut even the smallest case."""
+    lines, columns, block = request.param
+    plan = chunked.Tiling.plan
+
+    def cut(hidden, weight, options, *, trainable):
+        kept = plan(hidden, weight, options, trainable=trainable).kept
+        tiles = math.ceil(len(weight) / columns)
+        return chunked.Tiling(lines=lines, columns=columns, block=block, kept=min(tiles, kept))
+
+    monkeypatch.setattr(chunked.Tiling, "plan", cut)
+    return request.param
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
+def test_equals_the_reference_in_fp32(shape, transform, budget, tile_sizes):
+    case = make_case(**shape)
+    actual = run_case(case, kernel="chunked", memory_budget=budget, **transform)
+    # Products of "large logits" round at the size of the logits, 200, and exponentials turn that into a relative error.
+    tolerance = FP32 * (40 if shape.get("scale", 1.0) > 1 else 4)
+    assert_same(actual, in_float64(case, **transform), tolerance)
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
+def test_equals_the_reference_in_float64_to_its_last_digits(budget, tile_sizes):
+    case = make_case(bias=True, vocabulary=600, prompt=3, dtype=torch.float64)
+    actual = run_case(case, kernel="chunked", memory_budget=budget, softcap=7.0, logit_scale=0.5)
+    assert_same(actual, in_float64(case, softcap=7.0, logit_scale=0.5), 1e-13)
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_16_bit_errors_are_no_larger_than_those_of_the_reference_in_the_same_dtype(dtype, transform, budget):
+    case = make_case(pairs=3, length=40, width=64, vocabulary=1031, bias=True, prompt=10, dtype=dtype, scale=0.5)
+    expected = in_float64(case, **transform)
+    actual = run_case(case, kernel="chunked", memory_budget=budget, **transform)
+    peer = run_case(case, kernel="reference", **transform)
+    assert relative_difference(actual[0].chosen_logps, expected[0].chosen_logps) <= relative_difference(
+        peer[0].chosen_logps, expected[0].chosen_logps
+    )
+    for name, gradient in actual[1].items():
+        assert gradient.dtype == dtype
+        ours = relative_difference(gradient, expected[1][name])
+        theirs = relative_difference(peer[1][name], expected[1][name])
+        # A kept tile is rounded before its line's coefficient is known, which is then rounded as well.
+        allowed = 1.3 if budget and name == "weight" else 1.05
+        assert ours <= allowed * theirs, f"{name}: {ours:.2e} against {theirs:.2e}"
+
+
+@pytest.mark.parametrize("upstream", [1.0, 65536.0, 1e-4])
+def test_fp16_gradients_survive_loss_scales_and_long_batches(upstream):
+    case = make_case(pairs=2, length=200, width=8, vocabulary=301, dtype=torch.float16, scale=0.05)
+    _, gradients = run_case(case, kernel="chunked", upstream=upstream, beta=1e-3)
+    _, expected = in_float64(case, upstream=upstream, beta=1e-3)
+    for name in gradients:
+        rounded = expected[name].to(torch.float16)  # what fp16 can hold of it at all
+        floor = relative_difference(rounded, expected[name])
+        assert_within(gradients[name], expected[name], 2e-3 + 2 * floor, name)
+
+
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+def test_only_what_requires_a_gradient_gets_one(needs):
+    case = make_case(bias=True)
+    output, gradients = run_case(case, kernel="chunked", needs=needs)
+    assert set(gradients) == set(needs)
+    expected = in_float64(case)
+    assert_within(output.loss, expected[0].loss, FP32)
+    assert_all_within(gradients, {name: expected[1][name] for name in needs}, FP32)
+
+
+def test_no_gradient_is_computed_under_no_grad():
+    case = make_case()
+    with torch.no_grad():
+        output, gradients = run_case(case, kernel="chunked")
+    assert not gradients
+    assert not output.loss.requires_grad
+    assert_within(output.loss, in_float64(case)[0].loss, FP32)
+
+
+def test_a_second_backward_is_refused():
+    output, _ = run_case(make_case(), kernel="chunked")
+    with pytest.raises(RuntimeError, match="backward\\(\\) was called twice on one loss"):
+        output.loss.backward()
+
+
+def test_the_figures_carry_no_gradient():
+    output, _ = run_case(make_case(), kernel="chunked")
+    assert not output.nll_loss.requires_grad
+    assert not output.chosen_logps.requires_grad
+
+
+def test_a_tied_embedding_gets_the_gradient_of_both_uses():
+    case = make_case(vocabulary=40)
+    total = []
+    for kernel in ("reference", "chunked"):
+        embedding = case.weight.clone().double().requires_grad_()
+        hidden = torch.tanh(F.embedding(case.labels.clamp(min=0), embedding))
+        output, _ = run_case_with(hidden, embedding, case, kernel)
+        output.loss.backward()
+        total.append(embedding.grad)
+    assert_within(total[1], total[0], 1e-12)
+
+
+def run_case_with(hidden, weight, case, kernel):
+    """`linear_orpo_loss` on tensors that are no leaves."""
+    from orpo_plugins import linear_orpo_loss
+
+    return linear_orpo_loss(hidden, weight, case.labels, kernel=kernel), None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_parameters(dtype):
+    case = make_case(bias=True, vocabulary=300)
+    with torch.autocast("cpu", dtype=dtype):
+        output, gradients = run_case(case, kernel="chunked")
+    expected, rounded = run_case(case.to(dtype), kernel="chunked")
+    assert_within(output.loss, expected.loss, 0.0)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert_all_within(gradients, {name: gradient.float() for name, gradient in rounded.items()}, 0.0)
+
+
+@pytest.mark.parametrize("budget", [0, 2**26])
+def test_two_runs_give_the_same_bits(budget):
+    case = make_case(pairs=3, length=50, vocabulary=1500, dtype=torch.bfloat16)
+    first, second = (run_case(case, kernel="chunked", memory_budget=budget) for _ in range(2))
+    assert torch.equal(first[0].loss, second[0].loss)
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_a_row_does_not_change_another_ones_result():
+    case = make_case(pairs=4, length=20, vocabulary=600, ignored=0.0)
+    alone = run_case(case, kernel="chunked")[0]
+    case.hidden[1] *= 30
+    case.labels[5, 3:] = -100
+    disturbed = run_case(case, kernel="chunked")[0]
+    assert_within(disturbed.chosen_logps[[0, 2, 3]], alone.chosen_logps[[0, 2, 3]], 1e-6)
+    assert_within(disturbed.rejected_logps[[0, 2, 3]], alone.rejected_logps[[0, 2, 3]], 1e-6)
+
+
+def test_logit_means_are_those_of_the_final_logits():
+    case = make_case(bias=True, vocabulary=600, ignored=0.0)
+    predictions = Predictions.from_labels(case.labels, None, -100)
+    rows = case.hidden.flatten(0, 1)[predictions.rows]
+    objective = Objective(nll_weights=predictions.in_nll.float(), pair_loss=lambda pairs: pairs.chosen.sum())
+    options = HeadOptions(softcap=4.0, logit_scale=0.5, logit_means=True)
+    arguments = (rows, case.weight, case.bias, predictions, objective, options)
+    assert_within(chunked.chunked_head(*arguments).logit_means, reference_head(*arguments).logit_means, 1e-6)
+    assert chunked.chunked_head(*arguments[:-1], HeadOptions()).logit_means is None
+
+
+def confident(margin):
+    """One pair whose target logits lie `margin` above all others, which are 0."""
+    case = make_case(pairs=1, length=3, width=4, vocabulary=50, ignored=0.0)
+    case.hidden.zero_()
+    case.weight.zero_()
+    case.hidden[..., 0] = margin
+    case.weight[7, 0] = 1.0
+    case.labels.fill_(7)
+    return case
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 40.0, 80.0])
+def test_log_probabilities_near_zero_keep_their_digits(margin):
+    output, gradients = run_case(confident(margin), kernel="chunked")
+    expected = -math.log1p(49 * math.exp(-margin))
+    assert_within(output.chosen_logps[0], torch.tensor(expected, dtype=torch.float64), 1e-6)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("margin", [-50.0, -200.0, -3000.0])
+def test_targets_far_below_the_maximum_are_exact(margin, tile_sizes):
+    case = confident(0.0)
+    case.weight[8, 0] = -margin
+    case.hidden[..., 0] = 1.0
+    actual = run_case(case, kernel="chunked")
+    assert_same(actual, in_float64(case), FP32)
+
+
+def simpo(pairs):
+    """Meng et al. 2024, equation 6, with beta 2 and margin 0.5."""
+    return -F.logsigmoid(2.0 * (pairs.chosen - pairs.rejected) - 0.5)
+
+
+def cpo(pairs):
+    """Xu et al. 2024, equation 5, with beta 0.1, on summed log-probabilities."""
+    chosen, rejected = pairs.chosen * pairs.chosen_lengths, pairs.rejected * pairs.rejected_lengths
+    return -F.logsigmoid(0.1 * (chosen - rejected))
+
+
+@pytest.mark.parametrize("pair_loss", [simpo, cpo])
+def test_any_differentiable_pair_loss_runs_through_the_kernel(pair_loss):
+    case = make_case(pairs=3, length=11, vocabulary=600, prompt=4)
+    actual = run_case(case, kernel="chunked", pair_loss=pair_loss)
+    assert_same(actual, in_float64(case, pair_loss=pair_loss), FP32)
+    logps = torch.stack([actual[0].chosen_logps, actual[0].rejected_logps])
+    assert_within(actual[0].loss, actual[0].nll_loss + expected_pair_term(pair_loss, case, logps), FP32)
+
+
+def expected_pair_term(pair_loss, case, logps):
+    from orpo_plugins.objective import PairLogps
+
+    lengths = (case.labels != -100).sum(1).view(2, -1)
+    pairs = PairLogps(chosen=logps[0], rejected=logps[1], chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+    return pair_loss(pairs).mean()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    pairs=st.integers(1, 4),
+    length=st.integers(1, 9),
+    width=st.integers(1, 19),
+    vocabulary=st.integers(2, 700),
+    ignored=st.floats(0.0, 1.0),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    logit_scale=st.sampled_from([1.0, 0.0625, 3.0]),
+    scale=st.sampled_from([0.0, 1e-3, 1.0]),
+    budget=st.sampled_from([None, 0, 2**22]),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_reference_on_any_shape(softcap, logit_scale, budget, **shape):
+    case = make_case(**shape)
+    transform = {"softcap": softcap, "logit_scale": logit_scale}
+    actual = run_case(case, kernel="chunked", memory_budget=budget, **transform)
+    expected = in_float64(case, **transform)
+    assert_within(actual[0].loss, expected[0].loss, 4 * FP32, "loss")
+    for name, gradient in actual[1].items():
+        # Gradients of saturated cases cancel to nothing; what is left is compared with the size of their terms.
+        size = max(expected[1][name].norm().item(), 1e-3)
+        assert (gradient.double() - expected[1][name]).norm().item() <= 20 * FP32 * size, name

@@ -167,7 +167,7 @@ class ORPOConfig(_ORPOArguments):
 
 
 def _rename_checkpointing(arguments: dict[str, Any]) -> None:
-    """Old names to new: transformers reads the old one only where the new is unset, which a default of True never is."""
+    """Old names to new: transformers reads an old one only where the new is unset, which a default of True never is."""
     wanted = arguments.pop("gradient_checkpointing", None)
     if wanted is not None:
         # Both come from a command line (the default and what was given) or from a copy (the change and the mirror).

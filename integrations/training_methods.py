@@ -22,6 +22,7 @@ from orpo_plugins.forward import (
     own_denominators,
     predictions_of,
 )
+from orpo_plugins.head import keep_four_bit_trainable
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
 from orpo_plugins.layout_check import check_layout
 from orpo_plugins.objective import ORPOOutput
@@ -50,6 +51,7 @@ class ORPOMethods:
         self.loss_is_scaled_for_ga = scaled
         self.model_accepts_loss_kwargs = scaled
         self.compute_loss_func = None
+        keep_four_bit_trainable(self.model)  # type: ignore[attr-defined]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Also counts the NLL tokens and pairs of the whole optimizer step, over all ranks, in one reduction."""
@@ -81,7 +83,14 @@ class ORPOMethods:
         self._layout_is_checked = True
         pairs = collator.pairs(list(itertools.islice(self.train_dataset, 2)))  # type: ignore[attr-defined]
         pad = pad_token_id(collator.tokenizer)
-        report = check_layout(model, pairs, collator.layout, pad_token_id=pad, nll_over=collator.nll_over)
+        report = check_layout(
+            model,
+            pairs,
+            collator.layout,
+            pad_token_id=pad,
+            nll_over=collator.nll_over,
+            kernel=self.orpo_options.kernel,
+        )
         if report.passed:
             logger.info("%s", report.message())
         elif may_fall_back:

@@ -46,17 +46,20 @@ def config_of(model: nn.Module) -> Any:
     return getattr(unwrap_model(model), "config", None)
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads prompts with an encoder of their own, as T5 and BART do."""
+    return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that makes logits from hidden states; `ModelError` for a model that is no decoder with a head."""
+    """The module that makes logits from hidden states; `ModelError` for a model that has no decoder with a head."""
     inner = unwrap_model(model)
-    config = getattr(inner, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(inner).__name__} is an encoder-decoder model, which is not supported: use a decoder")
     head = cast(Any, inner).get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or _is_encoder_only(inner):
         raise ModelError(
             f"{type(inner).__name__} is not a causal language model with an output head. ORPO scores answers "
-            "token by token: load the checkpoint with AutoModelForCausalLM, from a decoder architecture"
+            "token by token: load the checkpoint with AutoModelForCausalLM, from a decoder architecture, or with "
+            "AutoModelForSeq2SeqLM"
         )
     return cast(nn.Module, head)
 
@@ -66,6 +69,8 @@ def _is_encoder_only(model: nn.Module) -> bool:
     name, config = type(model).__name__, getattr(model, "config", None)
     if name.endswith("ForMaskedLM"):
         return True
+    if is_encoder_decoder(model):
+        return False
     return bool(getattr(config, "is_decoder", None) is False and name in _bidirectional_heads())
 
 
@@ -125,6 +130,21 @@ def replaced_forward(head: nn.Module, forward: Callable[..., Tensor]) -> Iterato
             head.forward = previous
 
 
+@contextmanager
+def final_bias_taken_out(model: nn.Module) -> Iterator[Tensor | None]:
+    """Yields the [V] buffer that BART's relatives add to what their head returns, and has them add zero instead."""
+    buffers = unwrap_model(model)._buffers
+    bias = buffers.get("final_logits_bias")
+    if bias is None:
+        yield None
+        return
+    buffers["final_logits_bias"] = torch.zeros_like(bias[..., :1])
+    try:
+        yield bias.reshape(-1)
+    finally:
+        buffers["final_logits_bias"] = bias
+
+
 def logits_of(outputs: Any) -> Tensor:
     """The logits of a model output, whichever way the model returns it."""
     if isinstance(outputs, Mapping):
@@ -160,11 +180,14 @@ def _probe(model: nn.Module, input_ids: Tensor) -> HeadOptions:
         sent.append(pattern.expand(*hidden.shape[:-1], size).clone())
         return sent[-1].clone()
 
+    keep_four_bit_trainable(model)
+    tokens = input_ids.reshape(-1)[:2].reshape(1, -1)
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})}
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), replaced_forward(head, forward):
-            received = logits_of(model(input_ids=input_ids.reshape(-1)[:2].reshape(1, -1), use_cache=False))
+        with torch.no_grad(), replaced_forward(head, forward), final_bias_taken_out(model):
+            received = logits_of(model(**inputs, use_cache=False))
     finally:
         model.train(training)
     if len(sent) != 1 or received.shape != sent[0].shape:
@@ -173,6 +196,18 @@ def _probe(model: nn.Module, input_ids: Tensor) -> HeadOptions:
             f"({tuple(received.shape)}), so a fused head cannot stand in for it. {_REFERENCE_WAY_OUT}"
         )
     return _explain(sent[0].double(), received.double(), type(unwrap_model(model)).__name__)
+
+
+def keep_four_bit_trainable(model: nn.Module) -> None:
+    """Keeps bitsandbytes on a CPU from packing 4-bit weights at the first pass in evaluation mode.
+
+    Seen in 0.50, on CPUs with AVX-512: no gradient passes through what it has packed, and nothing says so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            module.state_dict()  # packed already: reading the state undoes it, in place
 
 
 def _explain(sent: Tensor, received: Tensor, name: str) -> HeadOptions:

@@ -1,8 +1,8 @@
 """The self-check of a layout: one batch through it and through *padded*, before a run trusts it.
 
-    report = check_layout(model, pairs, layout, pad_token_id=0)
-    if not report.passed:
-        raise ModelError(report.message())        # or fall back to padded, where the user asked for "auto"
+report = check_layout(model, pairs, layout, pad_token_id=0)
+if not report.passed:
+    raise ModelError(report.message())        # or fall back to padded, where the user asked for "auto"
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,13 @@ class LayoutReport:
 
 
 def check_layout(
-    model: nn.Module, pairs: Sequence[Pair], layout: Layout, *, pad_token_id: int, nll_over: str = "sequence"
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    layout: Layout,
+    *,
+    pad_token_id: int,
+    nll_over: str = "sequence",
+    kernel: str = "auto",
 ) -> LayoutReport:
     """Compares `layout` with *padded* on `pairs`, without gradient and dropout; two forward passes.
 
@@ -72,9 +78,10 @@ def check_layout(
     layouts = (plugins.layout("padded"), layout)
     device = next(model.parameters()).device
     batches = [_to(one.collate(pairs, pad_token_id=pad_token_id, nll_over=nll_over), device) for one in layouts]
-    head_options(model, batches[0]["input_ids"])  # its probe must not pass by the hooks below
     with torch.no_grad(), _evaluating(model):
-        runs = [_run(model, one, batch) for one, batch in zip(layouts, batches, strict=True)]
+        if kernel != "reference":
+            head_options(model, batches[0]["input_ids"])  # its probe must not pass by the hooks below
+        runs = [_run(model, one, batch, kernel) for one, batch in zip(layouts, batches, strict=True)]
         (expected, loss), (found, other_loss) = runs
         report = LayoutReport(
             layout=layout.name,
@@ -85,7 +92,7 @@ def check_layout(
         )
         if report.passed:
             return report
-        first = _first_layer(model, layouts, batches, report.tolerance)
+        first = _first_layer(model, layouts, batches, report.tolerance, kernel)
     return LayoutReport(**{**vars(report), "first_layer": first})
 
 
@@ -96,22 +103,22 @@ def row_difference(found: Tensor, expected: Tensor) -> float:
     return float(relative.quantile(_QUANTILE))
 
 
-def _run(model: nn.Module, layout: Layout, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, layout: Layout, batch: dict[str, Any], kernel: str) -> tuple[Tensor, Tensor]:
     """(hidden states that predict something [N, H], loss); both layouts list their predictions in one order."""
     seen: list[Tensor] = []
     rows = predictions_of(batch).rows
     with _listening(output_head(model), lambda hidden: seen.append(hidden.flatten(0, -2)[rows]), to_inputs=True):
-        loss = _forward(model, layout, batch)
+        loss = _forward(model, layout, batch, kernel)
     return seen[-1], loss
 
 
-def _forward(model: nn.Module, layout: Layout, batch: dict[str, Any]) -> Tensor:
+def _forward(model: nn.Module, layout: Layout, batch: dict[str, Any], kernel: str) -> Tensor:
     with layout.forward_context(model):
-        return orpo_forward(model, batch).loss
+        return orpo_forward(model, batch, kernel=kernel).loss
 
 
 def _first_layer(
-    model: nn.Module, layouts: Sequence[Layout], batches: Sequence[dict[str, Any]], tolerance: float
+    model: nn.Module, layouts: Sequence[Layout], batches: Sequence[dict[str, Any]], tolerance: float, kernel: str
 ) -> str | None:
     """Name, class and `layer_types` entry of the first layer that differs."""
     named = list(_layers(unwrap_model(model)))
@@ -122,7 +129,7 @@ def _first_layer(
         with ExitStack() as stack:
             for name, layer in named:
                 stack.enter_context(_listening(layer, _recorder(seen, name, rows), to_inputs=False))
-            _forward(model, layout, batch)
+            _forward(model, layout, batch, kernel)
         outputs.append([seen[name] for name, _ in named if name in seen])
     kinds = getattr(getattr(unwrap_model(model), "config", None), "layer_types", None) or ()
     for index, ((name, layer), expected, found) in enumerate(zip(named, *outputs, strict=False)):
@@ -166,13 +173,13 @@ def _listening(module: nn.Module, listener: Callable[[Tensor], None], *, to_inpu
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and each back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

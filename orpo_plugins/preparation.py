@@ -72,6 +72,11 @@ class PreparationReport:
         """Starts again from no rows."""
         self.__init__(name=self.name)  # type: ignore[misc]  # the fields' defaults are written once, above
 
+    def all_whole(self) -> bool:
+        """Whether every row was kept as it is."""
+        truncated = self.prompt_truncated + self.chosen_truncated + self.rejected_truncated
+        return not (self.dropped or self.repaired or truncated)
+
     def summary(self) -> str:
         """The report in words, one line per thing to know."""
         lines = [f"{self.name}: {self.kept} of {self.rows} rows kept"]
@@ -182,7 +187,8 @@ def prepare_dataset(
         name: how messages call the dataset.
 
     Returns:
-        The dataset with the columns `COLUMNS` and `length`, and the report.  A sequence becomes a `datasets.Dataset`
+        The dataset with the columns `COLUMNS` and `length`, and the report, which is logged as a warning where rows
+        were cut, repaired or dropped.  A sequence becomes a `datasets.Dataset`
         where that package is installed, and a list otherwise.  The report of a stream fills while it is read, as far
         as it is read in this process.
 
@@ -210,7 +216,7 @@ def prepare_dataset(
     else:
         return _stream(dataset, rows, report), report
     _check_not_empty(report)
-    if report.repaired:
+    if not report.all_whole():
         logger.warning("%s", report.summary())
     return prepared, report
 

@@ -265,12 +265,29 @@ def test_the_summary_counts_what_was_cut() -> None:
     assert "  truncated: 0 prompts, 1 chosen answers, 0 rejected answers" in report.summary().splitlines()
 
 
-def test_repaired_rows_are_reported_by_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    prompt = "Human: please cancel my order Assistant:"
-    row = {"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
+PROMPT = "Human: please cancel my order Assistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (
+            {"prompt": PROMPT, "chosen": f"{PROMPT} yes", "rejected": f"{PROMPT} no"},
+            "no prompt is trained twice: row 1",
+        ),
+        ({"prompt": PROMPT, "chosen": " it", "rejected": " it"}, "dropped 1: chosen equals rejected: row 1"),
+        ({"prompt": "fox " * 1100, "chosen": " it", "rejected": " no"}, "truncated: 1 prompts, 0 chosen"),
+        (ROWS[2], None),
+    ],
+)
+def test_what_was_changed_is_told_by_one_warning(
+    row: dict[str, Any], text: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="orpo_plugins.preparation"):
-        prepare_dataset([row], TOKENIZER)
-    assert ["no prompt is trained twice" in record.message for record in caplog.records] == [True]
+        _, report = prepare_dataset([ROWS[0], row], TOKENIZER)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ([] if text is None else [report.summary()])
+    assert text is None or text in messages[0]
 
 
 # ---- what stops it

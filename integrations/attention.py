@@ -99,8 +99,8 @@ def span_attention(
     if spans is None:
         if _masks_off.get():
             raise ModelError(
-                f"{type(module).__name__} was not given the keyword {SPANS!r} that its model was called with: some layer "
-                "does not pass keywords on. Use layout='padded'"
+                f"{type(module).__name__} was not given the keyword {SPANS!r} that its model was called with: some "
+                "layer does not pass keywords on. Use layout='padded'"
             )
         return _replaced(module, original)(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and _masks_off.get():
@@ -142,9 +142,7 @@ def attend(
             "key-value caches and virtual tokens need layout='padded'"
         )
     if softcap is None and sinks is None and (varlen := _varlen(query, value, dropout)):
-        return _attend_varlen(
-            varlen, query, key, value, spans, _Settings(scale=scale, dropout=dropout, window=window)
-        )
+        return _attend_varlen(varlen, query, key, value, spans, _Settings(scale=scale, dropout=dropout, window=window))
     parts = []
     for span in spans.spans:
         own = slice(span.start, span.start + span.length)
@@ -237,7 +235,7 @@ def _written_out(
 ) -> Tensor:
     """Attention with what no fused function offers, in plain operations; the softmax is in fp32."""
     heads, groups = query.shape[1], key.shape[1]
-    grouped = query.unflatten(1, (groups, heads // groups))
+    grouped = query.reshape(query.shape[0], groups, heads // groups, *query.shape[2:])
     scores = grouped @ key[:, :, None].transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

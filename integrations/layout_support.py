@@ -103,7 +103,8 @@ def unsupported_layer_types(config: Any) -> str | None:
     """What a text configuration alone says against its layers."""
     for kind in getattr(config, "layer_types", None) or ():
         if kind not in LAYER_TYPES:
-            return f"its {str(kind).replace('_', ' ')} layers are something else than softmax attention over their sequence"
+            words = str(kind).replace("_", " ")
+            return f"its {words} layers are something else than softmax attention over their sequence"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked by absolute position"
     return None
@@ -128,11 +129,13 @@ def _attention_classes(inner: nn.Module) -> str | None:
         return f"{type(inner).__name__} has no list of decoder layers"
     window = _has_window(_text_config(inner))
     for index, layer in enumerate(layers):
+        layer_class: Any = type(layer)
         attentions = [m for m in layer.modules() if _interface_call(type(m))]
         if not attentions:
             name = next((type(m).__name__ for m in layer.modules() if "Attention" in type(m).__name__), None)
-            return f"{name or type(layer).__name__} does not go through transformers' AttentionInterface (layer {index})"
-        if layer not in attentions and not any(_spreads_keywords(call) for call in _calls(type(layer))):
+            name = name or type(layer).__name__
+            return f"{name} does not go through transformers' AttentionInterface (layer {index})"
+        if layer not in attentions and not any(_spreads_keywords(call) for call in _calls(layer_class)):
             return f"{type(layer).__name__} does not pass keyword arguments on to its attention"
         for attention in attentions:
             if getattr(attention, "is_causal", True) is False:
@@ -156,8 +159,8 @@ def _not_understood(kind: type[nn.Module], window: bool) -> str | None:
         return f"{kind.__name__} does not pass keyword arguments on to its attention function"
     if window and "sliding_window" not in keywords:
         return f"{kind.__name__} has a sliding window in its mask alone and does not tell its attention function"
-    unknown = sorted(keywords & set(NOT_UNDERSTOOD) - {None})
-    return f"{kind.__name__} gives its attention function {unknown[0]!r}, which changes its scores" if unknown else None
+    unknown = next((keyword for keyword in NOT_UNDERSTOOD if keyword in keywords), None)
+    return unknown and f"{kind.__name__} gives its attention function {unknown!r}, which changes its scores"
 
 
 def decoder_layers(inner: nn.Module) -> list[nn.Module]:
@@ -179,7 +182,7 @@ def _in_encoder_of_other_inputs(name: str) -> bool:
 
 
 @functools.cache
-def _calls(kind: type[nn.Module]) -> tuple[ast.Call, ...]:
+def _calls(kind: Any) -> tuple[ast.Call, ...]:
     """Every call in the source of a class's forward (the one it has now: a patched one is another), or none."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
@@ -188,7 +191,7 @@ def _calls(kind: type[nn.Module]) -> tuple[ast.Call, ...]:
     return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
-def _interface_call(kind: type[nn.Module]) -> ast.Call | None:
+def _interface_call(kind: Any) -> ast.Call | None:
     """The call of `attention_interface`, as every attention class of transformers that can be replaced has it."""
     return next((c for c in _calls(kind) if isinstance(c.func, ast.Name) and c.func.id == "attention_interface"), None)
 

@@ -158,7 +158,8 @@ def _listening(module: nn.Module, listener: Callable[[Tensor], None], *, to_inpu
     """Calls `listener` with the first input or output of `module` that is a tensor."""
 
     def first(values: Any) -> Tensor:
-        return values[0] if isinstance(values, tuple) else values
+        tensor: Tensor = values[0] if isinstance(values, tuple) else values
+        return tensor
 
     if to_inputs:
         handle = module.register_forward_pre_hook(lambda _, inputs: listener(first(inputs)))

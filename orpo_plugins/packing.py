@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from orpo_plugins.interfaces import Layout, Pair
 from orpo_plugins.layouts import Line, nll_targets, sequence_lines
@@ -61,7 +60,12 @@ class Spans:
 
 def layouts() -> list[Layout]:
     """The two layouts of this module."""
-    common = {"unsupported": _unsupported, "prepare": _prepare, "forward_context": _forward_context, "keyword": SPANS}
+    common: dict[str, Any] = {
+        "unsupported": _unsupported,
+        "prepare": _prepare,
+        "forward_context": _forward_context,
+        "keyword": SPANS,
+    }
     return [
         Layout(name="packed", collate=collate_packed, priority=10, **common),
         Layout(name="shared", collate=collate_shared, priority=20, **common),

@@ -1,0 +1,327 @@
+"""The span attention against one softmax per row, and inside models: windows, soft-caps, sinks, checkpointing."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_all_within, assert_within
+
+from orpo_plugins import plugins
+from orpo_plugins.errors import ModelError
+from orpo_plugins.forward import orpo_forward
+from orpo_plugins.integrations import attention, layout_support
+from orpo_plugins.interfaces import Pair, TokenSequence
+from orpo_plugins.packing import Span, Spans
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft 0.21 asks transformers 5.23 for it
+)
+SPANS = (Span(0, 9, 0, 0), Span(9, 5, 0, 4), Span(14, 1, 0, 0), Span(15, 6, 14, 1), Span(21, 3, 0, 0))
+VOCABULARY = 61
+
+
+def random_pairs(lengths=((9, 5, 8), (2, 12, 1), (14, 4, 6))):
+    generator = random.Random(0)
+
+    def tokens(count):
+        return [generator.randrange(3, VOCABULARY) for _ in range(count)]
+
+    def pair(prompt, chosen, rejected):
+        start = tokens(prompt)
+        sides = [
+            TokenSequence(input_ids=start + answer, labels=[-100] * prompt + answer)
+            for answer in (tokens(chosen), tokens(rejected))
+        ]
+        return Pair(chosen=sides[0], rejected=sides[1])
+
+    return [pair(*each) for each in lengths]
+
+
+def one_row_at_a_time(query, key, value, *, window=None, softcap=None, sinks=None, scale=None):
+    """The definition: each row's softmax over what it sees."""
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.zeros(1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype)
+    for span in SPANS:
+        for row in range(span.start, span.start + span.length):
+            seen = [*range(span.context_start, span.context_start + span.context_length), *range(span.start, row + 1)]
+            seen = seen if window is None else seen[-window:]
+            for head in range(query.shape[1]):
+                scores = key[0, head, seen] @ query[0, head, row] * scale
+                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[head : head + 1]])
+                out[0, row, head] = scores.softmax(-1)[: len(seen)] @ value[0, head, seen]
+    return out
+
+
+def qkv(dtype=torch.float64, heads=4, groups=2):
+    torch.manual_seed(0)
+    return [torch.randn(1, h, 24, 8, dtype=dtype) for h in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 100])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_spans_are_one_softmax_per_row(window, groups):
+    query, key, value = qkv(groups=groups)
+    found = attention.attend(query, key, value, Spans(spans=SPANS), window=window)
+    assert_within(found, one_row_at_a_time(query, key, value, window=window), 1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True, "scale": 0.7}])
+def test_soft_capped_scores_and_sinks(options, window):
+    query, key, value = qkv()
+    if "sinks" in options:
+        options = {**options, "sinks": torch.randn(4, dtype=torch.float64)}
+    found = attention.attend(query, key, value, Spans(spans=SPANS), window=window, **options)
+    assert_within(found, one_row_at_a_time(query, key, value, window=window, **options), 1e-12)
+
+
+def test_the_softmax_with_sinks_is_in_fp32_for_bf16_inputs():
+    query, key, value = qkv()
+    sinks = torch.randn(4, dtype=torch.float64)
+    low = [x.bfloat16() for x in (query, key, value, sinks)]
+    found = attention.attend(*low[:3], Spans(spans=SPANS), sinks=low[3])
+    assert found.dtype == torch.bfloat16
+    assert_within(found, one_row_at_a_time(*(x.double() for x in low[:3]), sinks=low[3].double()), 1e-2)
+
+
+def test_dropout_keeps_the_mean():
+    query, key, value = qkv(dtype=torch.float32)
+    torch.manual_seed(1)
+    runs = [attention.attend(query, key, value, Spans(spans=SPANS), dropout=0.2) for _ in range(600)]
+    assert not torch.equal(runs[0], runs[1])
+    assert_within(torch.stack(runs).mean(0), attention.attend(query, key, value, Spans(spans=SPANS)), 0.05)
+
+
+def varlen_by_definition(query, key, value, queries, keys, longest_query, longest_key, settings):
+    """What flash attention promises: [T, heads, d], causal from the end of both lengths."""
+    assert longest_query == int(queries.diff().max())
+    assert longest_key == int(keys.diff().max())
+    parts = []
+    for q0, q1, k0, k1 in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
+        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)[None]
+        seen = (distance >= 0) & (distance < (settings.window or 10**9))
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=settings.scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_one_variable_length_call_gets_the_right_lengths_and_keys(monkeypatch, window):
+    inputs = [x.requires_grad_() for x in qkv()]
+    expected = attention.attend(*inputs, Spans(spans=SPANS), window=window)
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    monkeypatch.setattr(attention, "_varlen", lambda *_: varlen_by_definition)
+    found = attention.attend(*inputs, Spans(spans=SPANS), window=window)
+    assert_within(found, expected, 1e-12)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), inputs), gradients, strict=True):
+        assert_within(one, other, 1e-12)
+
+
+def test_spans_that_stand_alone_need_no_gathering():
+    alone = Spans(spans=(Span(0, 4, 0, 0), Span(4, 2, 0, 0)))
+    assert attention._offsets(alone, torch.device("cpu")).key_rows is None
+
+
+def test_masks_are_made_once_per_batch():
+    spans = Spans(spans=SPANS)
+    query, key, value = qkv()
+    attention.attend(query, key, value, spans)
+    made = dict(spans.cache)
+    attention.attend(query, key, value, spans)
+    assert len(made) == 2
+    assert all(spans.cache[name] is mask for name, mask in made.items())
+
+
+def test_a_cache_or_virtual_tokens_are_refused():
+    query, key, value = qkv()
+    with pytest.raises(ModelError, match="layout='padded'"):
+        attention.attend(query, torch.cat([key, key], 2), torch.cat([value, value], 2), Spans(spans=SPANS))
+
+
+def model(kind="Llama", implementation="sdpa", **changes):
+    import transformers
+
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    made = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation=implementation)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+    return made.float()
+
+
+def step(made, layout, pairs=None, **options):
+    """(loss, gradients of what is trained) of one step."""
+    chosen = plugins.layout(layout)
+    assert chosen.unsupported(made) is None
+    if layout != "padded":
+        chosen.prepare(made)
+    made.zero_grad()
+    batch = chosen.collate(pairs or random_pairs(), pad_token_id=0, nll_over="sequence")
+    loss = orpo_forward(made, batch, kernel="reference", **options).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+
+
+def assert_equal_to_padded(made, layouts=("packed", "shared"), pairs=None):
+    """The acceptance figures: fp32, loss within 1e-6, every gradient within 1e-5 relative."""
+    expected_loss, expected = step(made, "padded", pairs)
+    for layout in layouts:
+        loss, found = step(made, layout, pairs)
+        assert_within(loss, expected_loss, 1e-6, "loss")
+        assert_all_within(found, expected, 1e-5)
+
+
+def test_llama_with_grouped_heads():
+    assert_equal_to_padded(model())
+
+
+@pytest.mark.parametrize("window", [3, 6, 64])
+def test_mistral_with_a_sliding_window(window):
+    assert_equal_to_padded(model("Mistral", sliding_window=window))
+
+
+def test_gemma2_with_soft_capping_and_alternating_windows():
+    assert_equal_to_padded(model("Gemma2", "eager", sliding_window=5, query_pre_attn_scalar=8))
+
+
+def test_gemma2_with_sdpa_is_refused_since_sdpa_does_not_soft_cap():
+    made = model("Gemma2", "eager")
+    made.config._attn_implementation = "sdpa"  # transformers 5.16 loads it so by default, 5.23 refuses
+    reason = layout_support.unsupported(made)
+    assert reason == "its attention is soft-capped, which 'sdpa' leaves out: load it with attn_implementation='eager'"
+
+
+def test_an_eager_model_stays_exact():
+    assert_equal_to_padded(model("Qwen3", "eager"))
+
+
+def test_answers_that_begin_alike_and_prompts_that_differ():
+    first, second, third = random_pairs()
+    beginning = TokenSequence(input_ids=first.chosen.input_ids[:-2], labels=first.chosen.labels[:-2])
+    alike = Pair(chosen=first.chosen, rejected=beginning)
+    differing = Pair(chosen=second.chosen, rejected=third.rejected)
+    assert_equal_to_padded(model(), pairs=[alike, differing])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_runs_the_same_attention_again(use_reentrant):
+    made = model("Mistral", sliding_window=5).train()
+    _, expected = step(made, "padded")
+    made.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    made.enable_input_require_grads()
+    for layout in ("packed", "shared"):
+        assert_all_within(step(made, layout)[1], expected, 1e-5)
+
+
+def test_lora():
+    from peft import LoraConfig, get_peft_model
+
+    made = get_peft_model(model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    assert_equal_to_padded(made)
+
+
+def test_prompt_learning_is_refused():
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    made = get_peft_model(model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
+    assert layout_support.unsupported(made) == "the prompt tuning adapter puts virtual tokens before every sequence"
+    assert plugins.best_layout("auto", made)[0].name == "padded"
+
+
+def test_auto_takes_shared_where_the_model_allows_it():
+    layout, passed_over = plugins.best_layout("auto", model())
+    assert (layout.name, passed_over) == ("shared", {})
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prepared_model_answers_others_as_before(implementation):
+    made = model("Mistral", implementation, sliding_window=5).eval()
+    inputs = torch.randint(3, VOCABULARY, (2, 12))
+    padding = torch.ones_like(inputs)
+    padding[0, :4] = 0
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    calls = [
+        lambda: made(inputs, attention_mask=padding).logits,
+        lambda: made(inputs[:1]).logits,
+        lambda: made.generate(inputs, attention_mask=padding, **settings),
+    ]
+    with torch.no_grad():
+        expected = [call() for call in calls]
+        attention.prepare(made)
+        for call, one in zip(calls, expected, strict=True):
+            assert torch.equal(call(), one)
+
+
+def test_preparing_twice_changes_nothing_and_nothing_of_it_is_saved(tmp_path):
+    made = model()
+    attention.prepare(made)
+    attention.prepare(made)
+    assert made.config._attn_implementation == "orpo_sdpa"
+    made.config.save_pretrained(tmp_path)
+    assert "orpo" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_layer_that_drops_the_keyword_fails_loudly(monkeypatch):
+    made = model()
+    layer = made.model.layers[1].self_attn
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, orpo_spans=None, **kwargs: forward(*args, **kwargs))
+    with pytest.raises(ModelError, match="LlamaAttention was not given the keyword 'orpo_spans'"):
+        step(made, "shared")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("Llama", {"attn_implementation": "flex_attention"}, None),
+        ("Bloom", {}, "BloomForCausalLM takes no position_ids"),
+        ("Falcon", {}, "FalconAttention does not go through transformers' AttentionInterface (layer 0)"),
+        ("Mamba", {}, "MambaForCausalLM takes no position_ids"),
+        ("Qwen3Next", {"layer_types": ["linear_attention"] * 2}, "its linear attention layers are something else"),
+        ("StableLm", {}, "StableLmDecoderLayer does not pass keyword arguments on to its attention"),
+        ("Phimoe", {"sliding_window": 4}, "PhimoeAttention has a sliding window in its mask alone"),
+        ("Qwen2Moe", {"use_sliding_window": True, "max_window_layers": 2}, "Qwen2MoeAttention has a sliding window"),
+    ],
+)
+def test_reasons_against_a_model(kind, changes, reason):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2, **changes)
+    with torch.device("meta"):
+        made = getattr(transformers, f"{kind}ForCausalLM")(config)
+    found = layout_support.unsupported(made)
+    assert (found is None) if reason is None else found.startswith(reason)
+
+
+def test_an_unknown_attention_implementation_keeps_its_meaning():
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("mine", sdpa_attention_forward)
+    assert layout_support.unsupported(model(implementation="mine")).startswith(
+        "its attention implementation 'mine' may mean something else than softmax attention"
+    )
+
+
+def test_other_modules_are_refused():
+    assert layout_support.unsupported(torch.nn.Linear(2, 2)) == (
+        "Linear is no transformers model, whose attention function could be replaced"
+    )

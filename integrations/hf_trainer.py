@@ -11,12 +11,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, enable_full_determinism, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Trainer,
+    enable_full_determinism,
+    set_seed,
+)
 from transformers.trainer_utils import number_of_arguments
 
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError, missing_extra
-from orpo_plugins.head import config_of, output_head
+from orpo_plugins.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.integrations.generation import log_generations
 from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
 from orpo_plugins.integrations.training_methods import ORPOMethods
@@ -28,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 class ORPOTrainer(ORPOMethods, Trainer):
-    """Trains a causal LM on preference pairs with ORPO.
+    """Trains a causal LM, or an encoder-decoder model, on preference pairs with ORPO.
 
     Args:
-        model: a causal LM, a name or path for `AutoModelForCausalLM.from_pretrained`, or None with `model_init`.
+        model: the model, a name or path for its `from_pretrained`, or None with `model_init`.
         args: `ORPOConfig`; None takes its defaults with `output_dir="orpo_output"`.
         data_collator: makes batches from tokenized rows; default `ORPOCollator`.
         train_dataset, eval_dataset: rows in any registered format (docs/data.md): `datasets.Dataset`,
@@ -85,7 +93,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
         args.remove_unused_columns = False
         keep_batches_whole(args)
         layout = announce(example, args)
-        options = pair_options(args)
+        options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
         if train_dataset is not None:
             with args.main_process_first(desc="tokenizing the training set"):
                 train_dataset = prepared(train_dataset, text_tokenizer, options, args, "train")
@@ -113,6 +121,19 @@ class ORPOTrainer(ORPOMethods, Trainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
 
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`Trainer`'s, with TRL's argument names and the method among the tags."""
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        if dataset_name is not None:
+            kwargs["dataset"] = dataset_name
+        super().create_model_card(model_name=model_name, tags=[*given, *self._tag_names], **kwargs)
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Also generates from one batch of prompts where `generate_during_eval` is set."""
         output = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -134,7 +155,10 @@ def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
         raise ConfigError(f"model is {model!r}: pass a model, the name of one, or model_init")
     given: Any = args.model_init_kwargs or {}
     arguments = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **given}
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **arguments)
+    config_arguments = {key: arguments[key] for key in ("revision", "trust_remote_code") if key in arguments}
+    config = AutoConfig.from_pretrained(model, **config_arguments)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    loaded: nn.Module = kind.from_pretrained(model, **arguments)
     return loaded
 
 
@@ -215,13 +239,14 @@ def keep_batches_whole(args: Any) -> None:
     args.accelerator_config.dispatch_batches = False
 
 
-def pair_options(args: ORPOFields) -> PairOptions:
+def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOptions:
     """The part of the arguments that decides how rows become pairs."""
     return PairOptions(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
         truncation_mode=args.truncation_mode,
+        encoder_decoder=encoder_decoder,
     )
 
 

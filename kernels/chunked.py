@@ -19,7 +19,7 @@ running maximum, rounded up to an integer: moving it multiplies by a power of tw
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -53,7 +53,7 @@ def chunked_head(
     """See `KernelFunction`.
 
     `memory_budget` buys kept tiles: each byte beyond the working set of a few tiles saves its share of the fourth
-    matrix product of a trainable head.  The default is twice the returned weight gradient for 16-bit dtypes and
+    matrix product of a trainable head.  The default is 2.5 times the returned weight gradient for 16-bit dtypes and
     nothing for wider ones, whose tiles take twice the memory for the same saving.
     """
     return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps())
@@ -201,13 +201,13 @@ class Tiling:
     def plan(cls, hidden: Tensor, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
         """Tiles that stay in a CPU's caches, or fill a GPU; and what the budget keeps."""
         (count, width), vocabulary = hidden.shape, weight.shape[0]
-        lines, columns, block = (4096, 8192, 8192) if hidden.is_cuda else (512, 512, 4096)
+        lines, columns, block = (4096, 8192, 8192) if hidden.is_cuda else (256, 1024, 4096)
         lines, columns, block = min(lines, max(count, 1)), min(columns, vocabulary), min(block, max(count, 1))
         kept = 0
         if trainable:
             itemsize = working_dtype(hidden.dtype, hidden.device).itemsize
             working_set = lines * columns * (4 + itemsize) + 4 * width * (count + 2 * lines + columns)
-            default = working_set + 2 * weight.numel() * itemsize if itemsize == 2 else 0
+            default = working_set + 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
             budget = default if options.memory_budget is None else options.memory_budget
             kept = max(0, budget - working_set) // max(1, count * columns * itemsize)
         return cls(lines=lines, columns=columns, block=block, kept=min(kept, -(-vocabulary // columns)))
@@ -256,9 +256,13 @@ class TileSteps(Protocol):
         transform: Transform,
         reference: Tensor,
         at_target: Tensor,
+        coefficients: Tensor,
         out: Tensor,
     ) -> None:
-        """From `raw` [columns, lines] (overwritten): E * slope with `at_target` [lines] at the targets, to `out`."""
+        """From `raw` [columns, lines] (overwritten): E * slope, `at_target` at the targets, all times `coefficients`.
+
+        The last three are [lines]; the result goes to `out`, which may be `raw`.
+        """
 
 
 class EagerSteps:
@@ -311,15 +315,16 @@ class EagerSteps:
         transform: Transform,
         reference: Tensor,
         at_target: Tensor,
+        coefficients: Tensor,
         out: Tensor,
     ) -> None:
         """See `TileSteps`."""
         wide = _bent(self._wide(raw), None if bias is None else bias[:, None], transform)
         slope = None if transform.inner is None else wide.square().neg_().add_(1.0)
-        tile = _powers(wide, reference[None, :], transform)
+        tile = _powers(wide, reference[None, :], transform).mul_(coefficients)
         if slope is not None:
             tile *= slope
-        put(tile, 0, targets, at_target)
+        put(tile, 0, targets, at_target * coefficients)
         if out is not tile:
             out.copy_(tile)
 
@@ -516,48 +521,29 @@ class _Head:
         d_bias = torch.empty_like(self.weight[:, 0]) if need_bias else None
         coefficients = (w * -self.transform.derivative).div_(scan.total)
         at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
-        rows = (self.hidden * coefficients[:, None]).to(self.dtype)
-        for columns, tile in self._kept_tiles(scan, at_target):
-            self._write(columns, [(slice(0, len(rows)), tile)], rows, coefficients, d_weight, d_bias)
+        if scan.kept.columns:
+            rows = (self.hidden * coefficients[:, None]).to(self.dtype)
+            for columns, tile in self._kept_tiles(scan, at_target):
+                if d_weight is not None:
+                    times_transposed(tile, rows.T, d_weight[columns])
+                if d_bias is not None:
+                    d_bias[columns] = tile.to(self.wide) @ coefficients
+            del rows
         done = scan.kept.columns[-1].stop if scan.kept.columns else 0
-        reference = scan.reference
-        if self.dtype.itemsize == 2:
-            # The coefficient's size goes into the exponent and its sign into the rows, so that nothing but the tile
-            # is rounded to 16 bits.  For wider dtypes an integer reference is the more exact way.
-            sizes, coefficients = coefficients.abs(), coefficients.sign()
-            reference, at_target = reference - sizes.log2(), at_target * sizes
-            rows = self.hidden * coefficients[:, None].to(self.dtype)
         width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
         for columns in _cut(len(self.weight), width, start=done):
-            blocks = (
-                (lines, self._again(columns, lines, reference, at_target))
-                for lines in _cut(len(rows), self.tiling.block)
-            )
-            self._write(columns, blocks, rows, coefficients, d_weight, d_bias)
+            of_weight = of_bias = None
+            for lines in _cut(len(self.hidden), self.tiling.block):
+                tile = self._again(scan, columns, lines, at_target, coefficients)
+                if d_weight is not None:
+                    of_weight = _plus(of_weight, times_transposed(tile, self.hidden[lines].T))
+                if d_bias is not None:
+                    of_bias = _plus(of_bias, tile.sum(1, dtype=self.wide))
+            if d_weight is not None and of_weight is not None:
+                d_weight[columns] = of_weight
+            if d_bias is not None and of_bias is not None:
+                d_bias[columns] = of_bias
         return d_weight, d_bias
-
-    def _write(
-        self,
-        columns: slice,
-        blocks: Iterable[tuple[slice, Tensor]],
-        rows: Tensor,
-        coefficients: Tensor,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-    ) -> None:
-        """d_weight[columns] = sum of tile @ rows[lines] and d_bias[columns] = sum of tile @ coefficients[lines]."""
-        of_weight = of_bias = None
-        for lines, tile in blocks:
-            whole = lines.stop - lines.start == len(rows)
-            if d_weight is not None:
-                out = d_weight[columns] if whole else None
-                of_weight = _plus(of_weight, times_transposed(tile, rows[lines].T, out))
-            if d_bias is not None:
-                of_bias = _plus(of_bias, tile.to(self.wide) @ coefficients[lines])
-        if d_weight is not None and of_weight is not None and not whole:
-            d_weight[columns] = of_weight
-        if d_bias is not None and of_bias is not None:
-            d_bias[columns] = of_bias
 
     def _kept_tiles(self, scan: _Scan, at_target: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(columns, tile [columns, lines]) with all tiles at the final reference."""
@@ -568,14 +554,14 @@ class _Head:
             put(tile, 1, self.tokens - columns.start, at_target)
             yield columns, tile.T
 
-    def _again(self, columns: slice, lines: slice, reference: Tensor, at_target: Tensor) -> Tensor:
-        """A tile [columns, lines], computed a second time."""
+    def _again(self, scan: _Scan, columns: slice, lines: slice, at_target: Tensor, coefficients: Tensor) -> Tensor:
+        """A tile [columns, lines], computed a second time; its lines scaled before anything is rounded to 16 bits."""
         # Transposed, because then both this product and the one with the rows read their operands as they lie.
         raw = self._raw(self.weight[columns].to(self.dtype), self.hidden[lines])
         out = self._like(raw)
         bias = None if self.bias is None else self.bias[columns]
-        targets = self.tokens[lines] - columns.start
-        self.steps.gradient(raw, bias, targets, self.transform, reference[lines], at_target[lines], out)
+        targets, reference = self.tokens[lines] - columns.start, scan.reference[lines]
+        self.steps.gradient(raw, bias, targets, self.transform, reference, at_target[lines], coefficients[lines], out)
         return out
 
     def _raw(self, a: Tensor, b: Tensor) -> Tensor:

@@ -84,8 +84,10 @@ class TextBuilder:
         shared = common_prefix(chosen, rejected)
         marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_marked(text)]
         own = prompt.strip()
-        # A short prompt may stand in an answer by chance; what follows a template's marker is no chance.
-        if own[-40:] in shared if marked else len(own) >= 20 and own in shared:
+        if marked and own[-40:] in shared:
+            return True
+        # Without a marker a short prompt may stand in an answer by chance, and so may one that is all of an answer.
+        if not marked and len(own) >= 20 and own in shared and len(shared) < min(len(chosen), len(rejected)):
             return True
         if not marked or self._special_token.search(prompt):
             return False

@@ -30,7 +30,9 @@ def test_every_row_format_is_named() -> None:
         assert f"| {row_format.name} |" in TEXT
 
 
-def test_every_option_is_named_with_its_default() -> None:
-    for field in dataclasses.fields(PairOptions):
+def test_every_length_is_named_with_its_default() -> None:
+    lengths = [f for f in dataclasses.fields(PairOptions) if f.name.startswith(("max_", "truncation_"))]
+    assert len(lengths) == 4
+    for field in lengths:
         default = field.default if isinstance(field.default, int) else f"`{field.default}`"
         assert f"| `{field.name}` | {default} |" in TEXT

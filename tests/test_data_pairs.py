@@ -191,6 +191,13 @@ def test_a_short_prompt_may_stand_in_an_answer() -> None:
     assert split(result.pair.chosen) == ("<s>the dog", "the dog sleeps<|im_end|>")
 
 
+def test_an_answer_that_is_the_prompt_and_no_more_is_an_answer() -> None:
+    prompt = "please cancel my order, thank you"
+    result = built({"prompt": prompt, "chosen": f"{prompt}{prompt}", "rejected": prompt}, GPT2)
+    assert not result.repaired
+    assert split(result.pair.rejected, GPT2) == (f"<|endoftext|>{prompt}", f"{prompt}<|endoftext|>")
+
+
 def test_a_templated_prompt_with_answers_that_go_on_in_the_template_is_left_alone() -> None:
     opening = "<|im_start|>assistant\n"
     row = {"prompt": "<|im_start|>user\nfox<|im_end|>\n", "chosen": f"{opening}the dog", "rejected": f"{opening}it"}

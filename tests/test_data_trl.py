@@ -169,7 +169,13 @@ def merges_more_than_one_token(tokenizer: Any, prompt: str, answer: str) -> bool
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.filter_too_much],
+)
 @given(prompt=texts, chosen=texts, rejected=texts)
 def test_any_strings(name: str, prompt: str, chosen: str, rejected: str) -> None:
     tokenizer = TOKENIZERS[name]

@@ -40,6 +40,8 @@ COLUMN_KEYS = {
 """A dataset's key that names a column: the name that our row formats give it."""
 LENGTH_STRATEGIES = ("drop", "truncate", "raise")
 _SPLITS = ("datasets", "test_datasets")
+_ROWS_PER_PROCESS = 1000
+"""Starting a second process costs as much time as so many rows."""
 
 
 def keep_column_names(cfg: dict[str, Any]) -> None:
@@ -105,7 +107,9 @@ def load(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
         if cfg.test_datasets:
             return train, _load_split(cfg, "test_datasets", tokenizer)
         if cfg.val_set_size:
-            return create_train_validation_split(train, cfg, cfg.val_set_size)  # type: ignore[no-any-return]
+            # The schema makes a float of a number of pairs, which the split would refuse.
+            size = int(cfg.val_set_size) if cfg.val_set_size >= 1 else cfg.val_set_size
+            return create_train_validation_split(train, cfg, size)  # type: ignore[no-any-return]
         return train, None
 
     try:
@@ -185,11 +189,11 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
         rows = _native_rows(rows, dataset, cfg, tokenizer, index)
     strategy = length_strategy(cfg)
     options = pair_options(cfg, truncate=strategy == "truncate")
-    pairs, report = prepare_dataset(
-        rows, _with_template(tokenizer, dataset), options, num_proc=cfg.dataset_num_proc, name=name
-    )
-    logger.info("%s", report.summary())
-    return pairs if strategy == "truncate" else _within(pairs, cfg.sequence_len, strategy, name)
+    processes = cfg.dataset_num_proc if len(rows) > _ROWS_PER_PROCESS else None
+    pairs, report = prepare_dataset(rows, _with_template(tokenizer, dataset), options, num_proc=processes, name=name)
+    if report.all_whole():  # else it is in the log already, as a warning
+        logger.info("%s", report.summary())
+    return pairs if strategy == "truncate" else within(pairs, cfg.sequence_len, strategy, name)
 
 
 def raw_rows(dataset: Any, cfg: Any) -> Any:
@@ -276,7 +280,7 @@ def _with_template(tokenizer: Any, dataset: Any) -> Any:
     return own
 
 
-def _within(pairs: Any, limit: int, strategy: str, name: str) -> Any:
+def within(pairs: Any, limit: int, strategy: str, name: str) -> Any:
     """The pairs of which both sequences fit; the others are dropped and counted, or the first of them is an error."""
     lengths = [max(map(len, ids)) for ids in zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)]
     too_long = [row for row, length in enumerate(lengths) if length > limit]

@@ -34,7 +34,8 @@ class ORPOLoss:
 
     The Trainer hands a loss function the step's token count and nothing else, so with several micro-batches or ranks
     per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
-    weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always.
+    weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always, and is needed
+    for batches in another layout than *padded*.
 
     Args:
         beta: the paper's lambda, >= 0.
@@ -55,7 +56,13 @@ class ORPOLoss:
                 "the model returned no logits, as models patched by use_liger_kernel=True do in training: "
                 "switch it off, or call fuse_head(trainer)"
             )
-        predictions = Predictions.from_table(labels, _count_pairs(logits, labels))
+        if logits.shape[0] == 1:
+            # One row holds several sequences, which attend to each other unless the layout's attention is in place.
+            raise BatchError(
+                "the batch is packed into one row, whose attention needs more than a loss function: "
+                "call fuse_head(trainer), or use ORPOCollator(..., layout='padded')"
+            )
+        predictions = Predictions.from_table(labels, logits.shape[0] // 2)
         own_tokens = predictions.in_nll.sum().clamp(min=1).float()
         tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
         tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)
@@ -71,13 +78,6 @@ class ORPOLoss:
             pair_loss=lambda pairs: pair_loss(pairs, options=self.options, num_pairs=totals.num_pairs),
         )
         return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective).loss
-
-
-def _count_pairs(logits: Tensor, labels: Tensor) -> int:
-    if logits.shape[0] > 1:
-        return int(logits.shape[0]) // 2
-    # A packed batch is one row.  Every sequence has a line, so the last index tells how many there are.
-    return (int(labels[:, 2].max()) + 1) // 2
 
 
 def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch") -> Trainer:

@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(hidden_by_filter: bool, tmp_path
 
 
 class Synchronizations(TorchDispatchMode):
-    """Notes which functions of the package wait for a device: by reading a scalar, or a shape that depends on values."""
+    """Notes which functions of the package wait for a device: for a scalar, or a shape that depends on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 

@@ -1,0 +1,154 @@
+"""A stock transformers.Trainer with ORPOCollator and ORPOLoss, and with the fused head put in."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from helpers import assert_within
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, orpo_forward
+
+LAYOUTS = ("padded", "packed", "shared")
+
+
+def stock(folder: Path, *, rows: Any = None, layout: str = "padded", loss: Any = None, **options: Any) -> Trainer:
+    """A plain `Trainer` on raw rows."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+        **options,
+    }
+    return Trainer(
+        model=tiny.model(),
+        args=TrainingArguments(**arguments),
+        train_dataset=Dataset.from_list(tiny.rows(16) if rows is None else rows),
+        eval_dataset=Dataset.from_list(tiny.rows(4)),
+        data_collator=ORPOCollator(tiny.tokenizer(), max_length=512, layout=layout),
+        compute_loss_func=ORPOLoss(beta=0.2) if loss is None else loss,
+    )
+
+
+def change(trainer: Trainer) -> Tensor:
+    """What training changes in the weights, as one vector: single norm weights near 1 round too coarsely."""
+    before = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    trainer.train()
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]) - before
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_loss_of_one_micro_batch_is_that_of_orpo_forward(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    batch = trainer.data_collator(tiny.rows(4))
+    expected = orpo_forward(trainer.model, batch, beta=0.2).loss
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+    tokens = (batch["shift_labels"] != -100).sum()
+    for count in (None, tokens):
+        loss = ORPOLoss(beta=0.2)(trainer.model(**inputs), batch["labels"], num_items_in_batch=count)
+        assert_within(loss.detach(), expected.detach(), 1e-6)
+
+
+def test_steps_of_one_micro_batch_are_those_of_the_fused_head(tmp_path: Path) -> None:
+    expected = change(fuse_head(stock(tmp_path, per_device_train_batch_size=4)))
+    assert_within(change(stock(tmp_path, per_device_train_batch_size=4)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "OPT", "Phi", "GPTNeoX"])
+def test_other_families_train(name: str, tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    trainer.model = trainer.model_wrapped = tiny.model(
+        name, num_hidden_layers=1, **({"head_dim": 8} if name == "Gemma2" else {})
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] + 0.5
+
+
+def test_evaluation_reports_the_loss(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    batch = trainer.data_collator(tiny.rows(4)[:2]), trainer.data_collator(tiny.rows(4)[2:])
+    expected = sum(float(orpo_forward(trainer.model, part, beta=0.2).loss.detach()) for part in batch) / 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_packed_batches_need_the_fused_head(layout: str, tmp_path: Path) -> None:
+    with pytest.raises(errors.BatchError, match=r"packed into one row.*call fuse_head\(trainer\), or use ORPOCollator"):
+        stock(tmp_path, layout=layout).train()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_fused_head_works_in_each_layout(layout: str, tmp_path: Path) -> None:
+    expected = change(fuse_head(stock(tmp_path)))
+    assert_within(change(fuse_head(stock(tmp_path, layout=layout))), expected, 1e-5)
+
+
+def test_the_fused_head_is_exact_under_gradient_accumulation(tmp_path: Path) -> None:
+    rows = tiny.skewed_rows(24)
+    whole = change(fuse_head(stock(tmp_path, rows=rows, per_device_train_batch_size=8)))
+    cut = change(fuse_head(stock(tmp_path, rows=rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)))
+    assert_within(cut, whole, 1e-5)
+
+
+def test_the_fused_head_brings_the_metrics(tmp_path: Path) -> None:
+    trainer = fuse_head(stock(tmp_path))
+    trainer.train()
+    assert "rewards/accuracies" in trainer.state.log_history[0]
+    assert "eval_rewards/accuracies" in trainer.evaluate()
+
+
+def test_accumulation_without_the_fused_head_is_announced_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = stock(tmp_path, gradient_accumulation_steps=2)
+    trainer.train()
+    assert caplog.text.count("call orpo_plugins.fuse_head(trainer) for exact pair weights") == 1
+
+
+def test_the_nll_is_exact_under_accumulation_without_the_fused_head(tmp_path: Path) -> None:
+    rows = tiny.skewed_rows(24)
+    options: dict[str, Any] = {"rows": rows}
+    whole = change(stock(tmp_path, loss=ORPOLoss(beta=0.0), per_device_train_batch_size=8, **options))
+    cut = stock(
+        tmp_path, loss=ORPOLoss(beta=0.0), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
+    )
+    assert_within(change(cut), whole, 1e-5)
+
+
+def test_fuse_head_wants_our_loss_and_collator(tmp_path: Path) -> None:
+    trainer = stock(tmp_path, loss=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum())
+    with pytest.raises(errors.ConfigError, match=r"build it with\s+compute_loss_func=ORPOLoss"):
+        fuse_head(trainer)
+
+
+def test_labels_that_are_not_the_collators_are_refused(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    outputs = trainer.model(input_ids=torch.arange(3, 9)[None])
+    with pytest.raises(errors.BatchError, match="use ORPOCollator as the data collator"):
+        ORPOLoss()(outputs, torch.zeros(2, 6, dtype=torch.long))
+    with pytest.raises(errors.BatchError, match=r"the batch has no labels: pass data_collator=ORPOCollator"):
+        ORPOLoss()(outputs, None)
+
+
+def test_a_model_that_returns_no_logits_is_refused() -> None:
+    with pytest.raises(errors.BatchError, match="use_liger_kernel=True"):
+        ORPOLoss()({"logits": None}, torch.zeros(3, 4, dtype=torch.long))

@@ -80,6 +80,8 @@ class ORPOMethods:
         collator = self.data_collator  # type: ignore[attr-defined]
         if self._layout_is_checked or not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
             return
+        if plugins.layout("padded").unsupported(model):
+            return  # nothing to compare with
         self._layout_is_checked = True
         pairs = collator.pairs(list(itertools.islice(self.train_dataset, 2)))  # type: ignore[attr-defined]
         pad = pad_token_id(collator.tokenizer)

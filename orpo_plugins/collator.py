@@ -29,7 +29,8 @@ class ORPOCollator:
     Args:
         tokenizer: see `PairBuilder`; it needs an EOS token, and a pad token unless EOS may pad.
         max_length, max_prompt_length, max_completion_length, truncation_mode: see `PairOptions`.
-        layout: "padded", "packed", "shared" or a plugin's; "auto" is "padded", which every model can run.
+        layout: "padded", "packed", "shared", "seq2seq" (encoder-decoder models) or a plugin's; "auto" is "padded",
+            which every decoder can run.
         nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
         pad_to_multiple_of: rounds the width of *padded* batches up.
 
@@ -55,15 +56,16 @@ class ORPOCollator:
         nll_over: str = "sequence",
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        self.layout = plugins.layout("padded" if layout == "auto" else layout)
         options = PairOptions(
             max_length=max_length,
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
             truncation_mode=truncation_mode,
+            encoder_decoder=self.layout.encoder_decoder,
         )
         if nll_over not in NLL_OVER:
             raise ConfigError(f"unknown nll_over {nll_over!r}; known: {', '.join(NLL_OVER)}")
-        self.layout = plugins.layout("padded" if layout == "auto" else layout)
         if pad_to_multiple_of is not None and (self.layout.name != "padded" or pad_to_multiple_of < 1):
             raise ConfigError(
                 f"pad_to_multiple_of={pad_to_multiple_of!r} needs layout='padded' and a positive number; the layout is "

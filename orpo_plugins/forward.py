@@ -6,7 +6,7 @@ out.loss.backward()
 
 import functools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +15,18 @@ from torch import Tensor, nn
 
 from orpo_plugins import plugins
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.head import config_of, head_options, head_parameters, logits_of, output_head, replaced_forward
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.head import (
+    config_of,
+    final_bias_taken_out,
+    head_options,
+    head_parameters,
+    is_encoder_decoder,
+    logits_of,
+    output_head,
+    replaced_forward,
+    unwrap_model,
+)
+from orpo_plugins.interfaces import HeadOptions, HeadResult, Layout, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, log_odds, odds_ratio_loss
 from orpo_plugins.predictions import Predictions
@@ -82,7 +92,7 @@ def orpo_forward(
              + sum over pairs of -beta * log sigmoid(odds_temperature * log_odds) / num_pairs
 
     Args:
-        model: a causal LM of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
+        model: a causal LM or encoder-decoder model of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
         batch: what `ORPOCollator` returned, on the model's device: `input_ids` [R, S], masks or positions, `labels`
             [N, 4] and `shift_labels` [2B, L].
         beta: the paper's lambda, >= 0.
@@ -148,16 +158,23 @@ def forward_with_options(
         pair_loss=functools.partial(pair_loss, options=options, num_pairs=totals.num_pairs),
     )
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
-    check_vocabulary(model, inputs["input_ids"])
+    check_vocabulary(model, inputs["input_ids"], predictions)
+    layout = layout_of(inputs)
+    inputs = inputs if layout is None else layout.model_inputs(model, inputs)
+    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
+        raise BatchError(
+            f"{type(unwrap_model(model)).__name__} is an encoder-decoder model, but the batch has no inputs for its "
+            "decoder: make it with ORPOCollator(..., layout='seq2seq')"
+        )
     run = run_reference if options.kernel == "reference" else run_fused
     if run is run_fused:
         head_options(model, inputs["input_ids"])  # its probe is a pass without the layout's inputs: not in its context
-    with layout_context(model, inputs):
+    with nullcontext() if layout is None else layout.forward_context(model):
         result, outputs, logit_means = run(model, inputs, predictions, objective, options)
     return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)
 
 
-def check_vocabulary(model: nn.Module, input_ids: Tensor) -> None:
+def check_vocabulary(model: nn.Module, input_ids: Tensor, predictions: Predictions) -> None:
     """Raises `BatchError` for a token that the model has no embedding for.
 
     On a CPU, where looking costs nothing; an accelerator asserts in the embedding itself.
@@ -165,7 +182,7 @@ def check_vocabulary(model: nn.Module, input_ids: Tensor) -> None:
     size = getattr(config_of(model), "vocab_size", None)
     if size is None or input_ids.device.type != "cpu":
         return
-    largest = int(input_ids.max())
+    largest = int(torch.cat([input_ids.flatten(), predictions.tokens]).max())
     if largest >= size:
         raise BatchError(
             f"token {largest} is outside the model's vocabulary of {size}: the tokenizer has more tokens than the "
@@ -173,12 +190,9 @@ def check_vocabulary(model: nn.Module, input_ids: Tensor) -> None:
         )
 
 
-def layout_context(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """What the layout of a batch wants entered around the forward pass, found by the layout's keyword."""
-    for layout in plugins.layouts():
-        if layout.keyword is not None and layout.keyword in inputs:
-            return layout.forward_context(model)
-    return nullcontext()
+def layout_of(inputs: Mapping[str, Any]) -> Layout | None:
+    """The layout whose keyword a batch has; None where no layout wants anything of the forward pass."""
+    return next((layout for layout in plugins.layouts() if layout.keyword is not None and layout.keyword in inputs), None)
 
 
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:
@@ -210,7 +224,7 @@ def run_reference(
     logits = logits_of(outputs)
     means = None
     if options.logit_means:
-        means = _by_side(logits.detach().float().mean(-1), predictions)
+        means = _by_side(logits.detach().float().mean(-1), predictions, inputs)
     return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective), outputs, means
 
 
@@ -226,10 +240,20 @@ def run_fused(
     computed: list[tuple[HeadResult, Tensor | None]] = []
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        computed.append(_head(head, kernel, hidden, predictions, objective, transform, options))
-        return computed[-1][0].loss.reshape(1, 1, 1)
+        weight, bias = head_parameters(head)
+        if final_bias is not None:
+            bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
+        rows = hidden.flatten(0, -2).index_select(0, predictions.rows)
+        result = kernel.compute(rows, weight, bias, predictions, objective, transform)
+        means = None
+        if options.logit_means and result.logit_means is not None:
+            means = _by_side_lines(result.logit_means, predictions)
+        elif options.logit_means:
+            means = _by_side(_linear_means(hidden, weight, bias, transform), predictions, inputs)
+        computed.append((result, means))
+        return result.loss.reshape(1, 1, 1)
 
-    with replaced_forward(head, forward):
+    with replaced_forward(head, forward), final_bias_taken_out(model) as final_bias:
         outputs = model(**inputs, use_cache=False)
     if len(computed) != 1:
         raise BatchError(f"lm_head was called {len(computed)} times in one forward pass instead of once")
@@ -242,34 +266,23 @@ def run_fused(
     return replace(result, loss=result.loss + 0.0 * returned), outputs, means
 
 
-def _head(
-    head: nn.Module,
-    kernel: Kernel,
-    hidden: Tensor,
-    predictions: Predictions,
-    objective: Objective,
-    transform: HeadOptions,
-    options: ORPOOptions,
-) -> tuple[HeadResult, Tensor | None]:
-    weight, bias = head_parameters(head)
-    rows = hidden.flatten(0, -2).index_select(0, predictions.rows)
-    result = kernel.compute(rows, weight, bias, predictions, objective, transform)
-    if not options.logit_means:
-        return result, None
-    if result.logit_means is not None:
-        return result, _by_side_lines(result.logit_means, predictions)
-    with torch.no_grad():
-        # Without a soft-cap the mean over the vocabulary is linear: one product with the mean row of the weight.
-        mean_row = weight.mean(0, dtype=torch.float32)
-        offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
-        means = (hidden.detach().float() @ mean_row + offset) * transform.logit_scale
-        return result, _by_side(means, predictions)
+@torch.no_grad()
+def _linear_means(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadOptions) -> Tensor:
+    """[R, S]: the mean over the vocabulary of every row's logits, which without a soft-cap is linear."""
+    # One product with the mean row of the weight.
+    mean_row = weight.mean(0, dtype=torch.float32)
+    offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+    return (hidden.detach().float() @ mean_row + offset) * transform.logit_scale
 
 
-def _by_side(means: Tensor, predictions: Predictions) -> Tensor:
-    """[2]: mean over the chosen and over the rejected rows, as TRL has it: every row but the last, padding included."""
+def _by_side(means: Tensor, predictions: Predictions, inputs: Mapping[str, Any]) -> Tensor:
+    """[2]: mean over the chosen and over the rejected rows, as TRL has it.
+
+    Padding counts, and the last row of a sequence does not; a decoder with an encoder has no such row.
+    """
     if means.shape[0] == 2 * predictions.num_pairs:
-        return means[:, :-1].reshape(2, -1).mean(1)
+        last = None if "decoder_input_ids" in inputs else -1
+        return means[:, :last].reshape(2, -1).mean(1)
     return _by_side_lines(means.flatten()[predictions.rows], predictions)
 
 

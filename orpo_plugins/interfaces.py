@@ -91,8 +91,12 @@ class Layout:
     """Called once per model before its first batch in this layout (to register an attention function, say)."""
     forward_context: Callable[[torch.nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
     """Entered around every forward pass with a batch of this layout."""
+    model_inputs: Callable[[torch.nn.Module, dict[str, Any]], dict[str, Any]] = lambda model, inputs: inputs
+    """The model's keyword arguments from those of a batch, for what only the model can tell."""
     keyword: str | None = None
-    """The key by which a batch of this layout is known, where it needs `forward_context`."""
+    """The key by which a batch of this layout is known, where it needs `forward_context` or `model_inputs`."""
+    encoder_decoder: bool = False
+    """Whether an encoder reads the prompts: prompts and answers are tokenized apart, each with its special tokens."""
     priority: int = 0
     """`layout="auto"` takes the supported layout with the highest."""
 

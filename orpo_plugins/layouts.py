@@ -1,7 +1,7 @@
 """How pairs are laid out for one forward pass.
 
 *padded*: [2B, T], chosen rows first, padded on the right to the longest, as TRL does it.  The layouts without
-padding are in `packing.py`.
+padding are in `packing.py`, that of encoder-decoder models is in `seq2seq.py`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from orpo_plugins.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import Layout, Pair, TokenSequence
 from orpo_plugins.predictions import IGNORE_INDEX, IN_ANSWER, IN_NLL
@@ -20,9 +21,19 @@ Line = tuple[int, int, int, int]
 @hookimpl
 def orpo_layouts() -> list[Layout]:
     """The built-in layouts."""
-    from orpo_plugins import packing
+    from orpo_plugins import packing, seq2seq
 
-    return [Layout(name="padded", collate=collate_padded), *packing.layouts()]
+    return [
+        Layout(name="padded", collate=collate_padded, unsupported=_not_a_decoder),
+        *packing.layouts(),
+        *seq2seq.layouts(),
+    ]
+
+
+def _not_a_decoder(model: torch.nn.Module) -> str | None:
+    if not is_encoder_decoder(model):
+        return None
+    return f"{type(unwrap_model(model)).__name__} is an encoder-decoder model, whose prompts belong to the encoder"
 
 
 def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Tensor]:

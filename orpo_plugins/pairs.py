@@ -30,6 +30,9 @@ class PairOptions:
     A pair that is too long loses prompt first, until the longer answer fits or half of `max_length` is left for the
     answers; then each answer that is still too long is cut at its end, to the room that its own prompt leaves.
 
+    With an encoder for the prompts, prompt and answers share no room: each may be `max_length` tokens long, or what
+    `max_prompt_length` and `max_completion_length` say.  Special tokens at either end stay, as tokenizers have it.
+
     Raises:
         ConfigError: a length below its minimum, lengths that contradict each other, an unknown mode.
     """
@@ -42,6 +45,8 @@ class PairOptions:
     """Each answer; None: whatever `max_length` leaves."""
     truncation_mode: str = "keep_end"
     """Which end of a prompt that is too long stays, "keep_end" or "keep_start".  BOS stays in both."""
+    encoder_decoder: bool = False
+    """Whether an encoder reads the prompts (see `seq2seq.py`)."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -50,7 +55,8 @@ class PairOptions:
                 raise ConfigError(f"{name} is {value!r}: it must be None or a whole number of at least {least}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(f"unknown truncation_mode {self.truncation_mode!r}; known: {', '.join(TRUNCATION_MODES)}")
-        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
+        shared = self.max_length is not None and not self.encoder_decoder
+        if shared and (self.max_prompt_length or 0) >= (self.max_length or 0):
             raise ConfigError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for an answer in max_length "
                 f"{self.max_length}: lower it, or raise max_length"
@@ -86,7 +92,7 @@ class Answer(NamedTuple):
 
 
 class PairBuilder:
-    """Callable: `Preference` to `BuiltPair`, or `Dropped` with the reason.
+    """Callable: `Preference` to `BuiltPair`, or `Dropped` with the reason. 
 
     Args:
         tokenizer: anything that behaves like a transformers tokenizer: callable on a list of texts, with
@@ -135,12 +141,12 @@ class PairBuilder:
         )
 
     def _answer(self, prompt: list[int], ids: list[int], text: str, spans: list[tuple[int, int]] | None) -> Answer:
-        start = _boundary(prompt, ids)
+        start = boundary(prompt, ids)
         if spans is None:
             labels = ids[start:]
         else:
             cuts = self._encode([text[:cut] for span in spans for cut in span])
-            tokens = [_boundary(beginning, ids) for beginning in cuts]
+            tokens = [boundary(beginning, ids) for beginning in cuts]
             marked = {i for begin, end in zip(tokens[::2], tokens[1::2], strict=True) for i in range(begin, end)}
             labels = [token if i in marked else IGNORE_INDEX for i, token in enumerate(ids)][start:]
         return self._with_bos(Answer(ids[:start], ids[start:], labels))
@@ -186,7 +192,7 @@ class PairBuilder:
         if cut[0].prompt + cut[0].ids == cut[1].prompt + cut[1].ids:
             return Dropped(reason="chosen equals rejected after truncation")
         return BuiltPair(
-            pair=Pair(chosen=_sequence(cut[0]), rejected=_sequence(cut[1])),
+            pair=Pair(chosen=token_sequence(cut[0]), rejected=token_sequence(cut[1])),
             prompt_truncated=prompt_truncated,
             chosen_truncated=len(cut[0].ids) < len(chosen.ids),
             rejected_truncated=len(cut[1].ids) < len(rejected.ids),
@@ -215,7 +221,7 @@ class PairBuilder:
         return [prompt[excess:] for prompt in prompts]
 
 
-def _boundary(beginning: list[int], ids: list[int]) -> int:
+def boundary(beginning: list[int], ids: list[int]) -> int:
     """The first token of `ids` that differs from, or comes after, the tokens of the text's beginning."""
     shortest = min(len(beginning), len(ids))
     if beginning[:shortest] == ids[:shortest]:
@@ -223,7 +229,7 @@ def _boundary(beginning: list[int], ids: list[int]) -> int:
     return next((i for i in range(shortest) if beginning[i] != ids[i]))
 
 
-def _sequence(answer: Answer) -> TokenSequence:
+def token_sequence(answer: Answer) -> TokenSequence:
     return TokenSequence(
         input_ids=answer.prompt + answer.ids, labels=[IGNORE_INDEX] * len(answer.prompt) + answer.labels
     )

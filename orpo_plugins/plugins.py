@@ -76,7 +76,7 @@ def best_layout(name: str, model: torch.nn.Module) -> tuple[Layout, dict[str, st
     if name != "auto":
         chosen = layout(name)
         if reason := chosen.unsupported(model):
-            raise ConfigError(f"layout {name!r} cannot be used here: {reason}. Use layout='padded' or 'auto'")
+            raise ConfigError(f"layout {name!r} cannot be used here: {reason}. Use layout='auto'")
         return chosen, {}
     passed_over: dict[str, str] = {}
     for candidate in sorted(layouts(), key=lambda candidate: -candidate.priority):

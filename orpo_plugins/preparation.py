@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orpo_plugins
-from orpo_plugins import interfaces, pairs, plugins, row_formats, texts
+from orpo_plugins import interfaces, pairs, plugins, row_formats, separate_pairs, texts
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import TokenSequence
 from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
 from orpo_plugins.predictions import IGNORE_INDEX
 from orpo_plugins.row_formats import parse_row
+from orpo_plugins.separate_pairs import EncoderDecoderPairBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class RowTokenizer:
     """Callable: a raw or tokenized row and its number to `BuiltPair` or `Dropped`."""
 
     def __init__(self, tokenizer: Any, options: PairOptions) -> None:
-        self.builder = PairBuilder(tokenizer, options)
+        self.builder = (EncoderDecoderPairBuilder if options.encoder_decoder else PairBuilder)(tokenizer, options)
 
     def __call__(self, row: Mapping[str, Any], index: int | str) -> BuiltPair | Dropped:
         """Raises `RowError` with the row's number for a malformed row."""
@@ -334,7 +335,7 @@ def _fingerprint(dataset: Any, rows: RowTokenizer) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    modules = [sys.modules[__name__], interfaces, pairs, row_formats, texts]
+    modules = [sys.modules[__name__], interfaces, pairs, row_formats, separate_pairs, texts]
     formats = [(row_format.name, _source(row_format.parse)) for row_format in plugins.row_formats()]
     return str(
         Hasher.hash(

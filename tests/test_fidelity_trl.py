@@ -88,7 +88,13 @@ def assert_same_figures(ours: dict[str, float], theirs: dict[str, float]) -> Non
         assert abs(ours[key] - theirs[key]) <= 1e-5 * abs(theirs[key]) + slack, (key, ours[key], theirs[key])
 
 
-def compare(make_model: Callable[[], PreTrainedModel], rows: list[dict[str, Any]], folder: Path, **options: Any) -> None:
+def compare(
+    make_model: Callable[[], PreTrainedModel],
+    rows: list[dict[str, Any]],
+    folder: Path,
+    layout: str = "padded",
+    **options: Any,
+) -> None:
     theirs, their_logs, their_evaluation = run(
         orpo.ORPOTrainer, orpo.ORPOConfig, make_model(), rows, folder / "theirs", **options
     )
@@ -98,7 +104,7 @@ def compare(make_model: Callable[[], PreTrainedModel], rows: list[dict[str, Any]
         make_model(),
         rows,
         folder / "ours",
-        layout="padded",
+        layout=layout,
         nll_normalization="microbatch",
         **options,
     )

@@ -1,0 +1,94 @@
+"""Pairs for encoder-decoder models: prompt and answers tokenized apart, each with the tokenizer's special tokens.
+
+On rows that nothing truncates, ids and labels are those of TRL's ORPOTrainer (1.9 to 1.16).  So are answers that
+`max_completion_length` cuts: they keep their closing EOS, unlike a decoder's.
+"""
+
+from orpo_plugins.interfaces import Pair
+from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, boundary, token_sequence
+from orpo_plugins.predictions import IGNORE_INDEX
+from orpo_plugins.texts import Texts
+
+
+class EncoderDecoderPairBuilder(PairBuilder):
+    """`PairBuilder` where `PairOptions.encoder_decoder` is set."""
+
+    def _tokens(self, texts: Texts) -> tuple[Answer, Answer]:
+        prompt = self._encode([texts.prompt])[0]
+        return (
+            self._own_answer(prompt, texts.chosen, len(texts.prompt), texts.chosen_spans),
+            self._own_answer(prompt, texts.rejected, len(texts.prompt), texts.rejected_spans),
+        )
+
+    def _own_answer(self, prompt: list[int], text: str, start: int, spans: list[tuple[int, int]] | None) -> Answer:
+        ids = self._encode([text[start:]])[0]
+        if spans is None:
+            return Answer(prompt, ids, ids)
+        cuts = self._encode([text[start : max(cut, start)] for span in spans for cut in span])
+        tokens = [boundary(beginning, ids) for beginning in cuts]
+        marked = {i for begin, end in zip(tokens[::2], tokens[1::2], strict=True) for i in range(begin, end)}
+        return Answer(prompt, ids, [token if i in marked else IGNORE_INDEX for i, token in enumerate(ids)])
+
+    def _close(self, answer: Answer) -> Answer:
+        """EOS where the tokenizer adds none."""
+        closing = answer.ids[len(answer.ids) - self._edges(answer.ids)[1] :]
+        return answer if self.tokenizer.eos_token_id in closing else super()._close(answer)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+        return [self._single(list(ids)) for ids in encoded]
+
+    def _single(self, ids: list[int]) -> list[int]:
+        """BOS and EOS once, where a template has written what the tokenizer adds."""
+        bos, eos = getattr(self.tokenizer, "bos_token_id", None), self.tokenizer.eos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        while ids[-2:] == [eos, eos]:
+            ids = ids[:-1]
+        return ids
+
+    # ---- length
+
+    def fit(self, chosen: Answer, rejected: Answer, *, repaired: bool = False) -> BuiltPair | Dropped:
+        """Cuts prompt and answers, each to a limit of its own (see `PairOptions`)."""
+        cut = (self._cut(chosen), self._cut(rejected))
+        for name, answer in zip(("chosen", "rejected"), cut, strict=True):
+            if not answer.prompt:
+                return Dropped(reason="no room is left for the prompt")
+            if self._special_ids.issuperset(answer.labels):
+                return Dropped(reason=f"no room is left for the {name} answer")
+        if cut[0][:2] == cut[1][:2]:
+            return Dropped(reason="chosen equals rejected after truncation")
+        return BuiltPair(
+            pair=Pair(chosen=token_sequence(cut[0]), rejected=token_sequence(cut[1])),
+            prompt_truncated=cut[0].prompt != chosen.prompt or cut[1].prompt != rejected.prompt,
+            chosen_truncated=len(cut[0].ids) < len(chosen.ids),
+            rejected_truncated=len(cut[1].ids) < len(rejected.ids),
+            repaired=repaired,
+        )
+
+    def _cut(self, answer: Answer) -> Answer:
+        options = self.options
+        prompt = self._places(answer.prompt, options.max_prompt_length or options.max_length, options.truncation_mode)
+        kept = self._places(answer.ids, options.max_completion_length or options.max_length, "keep_start")
+        return Answer(
+            [answer.prompt[i] for i in prompt], [answer.ids[i] for i in kept], [answer.labels[i] for i in kept]
+        )
+
+    def _places(self, ids: list[int], limit: int | None, mode: str) -> list[int]:
+        """The places that stay: special tokens at both ends, and as many of one end of the text as there is room for."""
+        places = list(range(len(ids)))
+        if limit is None or len(ids) <= limit:
+            return places
+        before, after = self._edges(ids)
+        room = limit - before - after
+        if room <= 0:
+            return []
+        end = len(ids) - after
+        text = places[before : before + room] if mode == "keep_start" else places[end - room : end]
+        return [*places[:before], *text, *places[end:]]
+
+    def _edges(self, ids: list[int]) -> tuple[int, int]:
+        """How many special tokens stand before the text and after it."""
+        text = [i for i, token in enumerate(ids) if token not in self._special_ids]
+        return (text[0], len(ids) - 1 - text[-1]) if text else (0, len(ids))

@@ -1,6 +1,7 @@
 """The console command `orpo-plugins`.
 
 orpo-plugins trl orpo --model_name_or_path ... --dataset_name ...    TRL's command line, for ORPO (see `trl dpo`)
+orpo-plugins chat --model_name_or_path ...                         talk to what was trained, adapters included
 orpo-plugins info                                                  versions, and what is registered
 """
 
@@ -25,12 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="orpo-plugins", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{trl,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{trl,chat,info}")
     commands.add_parser("trl", help="train as `trl dpo` does; --help lists every option")
+    commands.add_parser("chat", help="talk to a trained model; --help lists every option")
     commands.add_parser("info", help="show versions, kernels, layouts, row formats, methods and plugins")
     try:
         if arguments[:1] == ["trl"]:  # its options are the training script's, whose imports take seconds
             return train(arguments[1:])
+        if arguments[:1] == ["chat"]:
+            from orpo_plugins.integrations import chat
+
+            return chat.main(arguments[1:])
         parser.parse_args(arguments)
         print_info()
     except ORPOError as error:

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from orpo_plugins.errors import BatchError
 from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
-from orpo_plugins.kernels.products import times_transposed, working_dtype
+from orpo_plugins.kernels.products import fresh_memory, times_transposed, working_dtype
 from orpo_plugins.kernels.reference import combine
 from orpo_plugins.objective import at_least_fp32
 from orpo_plugins.predictions import Predictions
@@ -420,18 +420,22 @@ class _Head:
         )
         count = self.hidden.shape[0]
         tiles = list(_cut(self.weight.shape[0], self.tiling.columns))
-        keep = tiles[: self.tiling.kept]
-        kept = _Kept(
-            columns=keep,
-            tiles=[self.hidden.new_empty(count, tile.stop - tile.start) for tile in keep],
-            references=[torch.empty_like(target) for _ in keep],
-        )
+        kept = self._room_for(tiles[: self.tiling.kept], target)
         expected = torch.empty_like(self.hidden, dtype=self.wide) if need_hidden else None
         for lines in _cut(count, self.tiling.lines):
             self._scan_lines(lines, tiles, running, kept, expected)
             if expected is not None:
                 self._finish_hidden(lines, target, target_slope, running, expected)
         return self._finish(target, target_slope, running, kept, expected)
+
+    def _room_for(self, columns: list[slice], target: Tensor) -> "_Kept":
+        count, total = len(self.hidden), columns[-1].stop if columns else 0
+        memory = fresh_memory((count * total,), self.hidden)
+        return _Kept(
+            columns=columns,
+            tiles=[memory[count * tile.start : count * tile.stop].view(count, -1) for tile in columns],
+            references=[torch.empty_like(target) for _ in columns],
+        )
 
     def _target_logits(self) -> tuple[Tensor, Tensor | None]:
         """[N]: each line's target logit in base 2, by a dot product in fp32, and tanh's slope there."""
@@ -514,7 +518,7 @@ class _Head:
     def weight_gradients(
         self, scan: _Scan, w: Tensor, *, need_weight: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """d weight [V, H] and d bias [V], each block written once; uses up `scan.kept`."""
+        """d weight [V, H] and d bias [V], each block written once; uses up `scan.kept.tiles`."""
         if not need_weight and not need_bias:
             return None, None
         d_weight = torch.empty_like(self.weight) if need_weight else None
@@ -528,8 +532,9 @@ class _Head:
                     times_transposed(tile, rows.T, d_weight[columns])
                 if d_bias is not None:
                     d_bias[columns] = tile.to(self.wide) @ coefficients
-            del rows
+            del rows, tile
         done = scan.kept.columns[-1].stop if scan.kept.columns else 0
+        scan.kept.tiles.clear()
         width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
         for columns in _cut(len(self.weight), width, start=done):
             of_weight = of_bias = None
@@ -548,9 +553,8 @@ class _Head:
     def _kept_tiles(self, scan: _Scan, at_target: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(columns, tile [columns, lines]) with all tiles at the final reference."""
         kept = scan.kept
-        for index, columns in enumerate(kept.columns):
-            tile, kept.tiles[index] = kept.tiles[index], self.hidden.new_empty(0)
-            tile *= torch.exp2(kept.references[index] - scan.reference)[:, None].to(self.dtype)
+        for columns, tile, reference in zip(kept.columns, kept.tiles, kept.references, strict=True):
+            tile *= torch.exp2(reference - scan.reference)[:, None].to(self.dtype)
             put(tile, 1, self.tokens - columns.start, at_target)
             yield columns, tile.T
 

@@ -1,0 +1,405 @@
+"""What a whole training step costs: ours against TRL's ORPOTrainer, same rows, same batches, same order.
+
+    python benchmarks/step.py --data ../shared/data/dpo_en_demo.json
+    python benchmarks/step.py --rows prompt-heavy answer-heavy        # made-up rows
+    python benchmarks/step.py --data … --layouts auto packed padded   # what each layout is worth
+    python benchmarks/step.py --plot                                  # draws what earlier runs have written
+
+CPU process time (all threads) from the end of one step to the end of the next: data, forward, backward, clipping and
+AdamW.  Every measurement is a process of its own.  Results go to benchmarks/results/step-trl<version>.json, one entry
+per kind of rows, and the plot to docs/step.png.
+
+The model is Llama-like, 6 layers of 384 and a vocabulary of 32k, random, fp32.  Rows longer than 1,024 tokens are left
+out, so that nothing is truncated: TRL's versions truncate differently.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LONGEST = 1024
+PAIRS = 4
+VOCABULARY = 32_000
+SHAPES = {"prompt-heavy": (640, 160), "answer-heavy": (64, 448)}
+"""Mean tokens of prompts and of answers for made-up rows."""
+GOALS = {"trainable": 3.2, "frozen": 3.6}
+Row = dict[str, str]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="dpo_en_demo.json (ShareGPT style), for the rows called demo")
+    parser.add_argument("--rows", nargs="+", default=None, choices=["demo", *SHAPES])
+    parser.add_argument("--layouts", nargs="+", default=["auto"])
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
+    parser.add_argument("--head", nargs="+", default=["trainable", "frozen"], choices=["trainable", "frozen"])
+    parser.add_argument("--plot", action="store_true", help="only draw")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a measurement, in a process of its own
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(json.loads(arguments.one))))
+        return
+    if not arguments.plot:
+        for rows in arguments.rows or (["demo"] if arguments.data else list(SHAPES)):
+            record(rows, compare(rows, arguments))
+    plot()
+
+
+def compare(rows: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All measurements on one kind of rows."""
+    cases = []
+    for head in arguments.head:
+        for checkpointing in arguments.checkpointing:
+            setting = {
+                "rows": rows,
+                "data": str(arguments.data) if arguments.data else None,
+                "steps": arguments.steps,
+                "threads": arguments.threads,
+                "head": head,
+                "checkpointing": checkpointing == "on",
+            }
+            theirs = spawn({**setting, "trainer": "trl", "layout": "padded"})
+            for layout in arguments.layouts:
+                ours = spawn({**setting, "trainer": "ours", "layout": layout})
+                case = summary(setting, layout, theirs, ours)
+                print(describe(case), flush=True)
+                cases.append(case)
+    return {"cases": cases, **about(arguments)}
+
+
+def summary(setting: dict[str, Any], layout: str, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """One line of the result."""
+    times = [statistics.median(run["seconds"]) for run in (theirs, ours)]
+    totals = [sum(run["seconds"]) for run in (theirs, ours)]
+    return {
+        "rows": setting["rows"],
+        "head": setting["head"],
+        "checkpointing": setting["checkpointing"],
+        "layout": ours["layout"] if layout == "auto" else layout,
+        "trl_seconds": round(times[0], 3),
+        "our_seconds": round(times[1], 3),
+        "ratio": round(totals[0] / totals[1], 2),
+        "token_ideal": round(theirs["tokens"] / theirs["distinct_tokens"], 2),
+        "goal": GOALS[setting["head"]] if setting["rows"] == "demo" else None,
+        "trl_loss": theirs["losses"],
+        "our_loss": ours["losses"],
+        "trl_peak_mib": theirs["peak_mib"],
+        "our_peak_mib": ours["peak_mib"],
+        "trl_profile": theirs["profile"],
+        "our_profile": ours["profile"],
+    }
+
+
+def describe(case: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    goal = f", goal {case['goal']}" if case["goal"] else ""
+    return (
+        f"{case['rows']}, head {case['head']}, checkpointing {'on' if case['checkpointing'] else 'off'}, "
+        f"layout {case['layout']}: {case['trl_seconds']:.2f} s -> {case['our_seconds']:.2f} s per step, "
+        f"{case['ratio']:.2f}x (token ideal {case['token_ideal']:.2f}{goal}); "
+        f"peak {case['trl_peak_mib']} -> {case['our_peak_mib']} MiB; profile {case['our_profile']}"
+    )
+
+
+def spawn(setting: dict[str, Any]) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, str(Path(__file__)), "--one", json.dumps(setting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting["threads"]), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise RuntimeError(f"{setting} failed:\n{result.stderr[-3000:]}")
+    return dict(json.loads(result.stdout.strip().splitlines()[-1]))
+
+
+def measure(setting: dict[str, Any]) -> dict[str, Any]:
+    """Trains for a few steps and returns their times, losses and a profile of one more step."""
+    torch.set_num_threads(setting["threads"])
+    tokenizer, rows = tokenizer_and_rows(setting)
+    model = small_llama(setting["head"] == "frozen")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(setting, model, tokenizer, rows, folder)
+        clock = Clock(trainer)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "seconds": clock.seconds[1 : setting["steps"] + 1],
+        "losses": losses[:3],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "profile": clock.shares,
+        "layout": getattr(getattr(trainer.data_collator, "layout", None), "name", "padded"),
+        **clock.token_counts(),
+    }
+
+
+def make_trainer(setting: dict[str, Any], model: Any, tokenizer: Any, rows: list[Row], folder: str) -> Any:
+    """TRL's trainer or ours, with the same arguments."""
+    from datasets import Dataset
+
+    if setting["trainer"] == "trl":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        own: dict[str, Any] = {}
+    else:
+        from orpo_plugins import ORPOConfig, ORPOTrainer
+
+        own = {"layout": setting["layout"], "nll_normalization": "microbatch"}
+    args = ORPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=PAIRS,
+        max_length=LONGEST,
+        max_steps=setting["steps"] + 2,
+        learning_rate=1e-4,
+        gradient_checkpointing=setting["checkpointing"],
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+        **own,
+    )
+    return ORPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+class Clock:
+    """CPU seconds from one step's end to the next; the last step runs under a profiler instead."""
+
+    def __init__(self, trainer: Any) -> None:
+        from transformers import TrainerCallback
+
+        self.seconds: list[float] = []
+        self.shares: dict[str, float] = {}
+        self.batches: list[tuple[int, int]] = []
+        self._last = 0.0
+        clock = self
+
+        class Callback(TrainerCallback):  # type: ignore[misc]
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                clock._last = time.process_time()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                now = time.process_time()
+                clock.seconds.append(now - clock._last)
+                clock._last = now
+                if state.global_step == state.max_steps - 1:
+                    clock._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+                    clock._profiler.start()
+                elif state.global_step == state.max_steps:
+                    clock._profiler.stop()
+                    clock.shares = shares(clock._profiler)
+
+        trainer.add_callback(Callback())
+        self._count_batches(trainer)
+
+    def _count_batches(self, trainer: Any) -> None:
+        collate = trainer.data_collator
+        clock = self
+
+        class Counting(type(collate)):  # type: ignore[misc]
+            def __call__(self, features: Any) -> Any:
+                clock.batches.append(token_counts(features))
+                return super().__call__(features)
+
+        collate.__class__ = Counting
+
+    def token_counts(self) -> dict[str, int]:
+        """Tokens that a padded batch holds, and those that a shared one does, over all batches."""
+        return {
+            "tokens": sum(padded for padded, _ in self.batches),
+            "distinct_tokens": sum(distinct for _, distinct in self.batches),
+        }
+
+
+def token_counts(features: list[dict[str, Any]]) -> tuple[int, int]:
+    """(padded, distinct) tokens of tokenized rows."""
+    sides = [row["chosen_input_ids"] for row in features] + [row["rejected_input_ids"] for row in features]
+    distinct = 0
+    for row in features:
+        chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
+        shorter = min(len(chosen), len(rejected))
+        shared = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+        distinct += len(chosen) + len(rejected) - shared
+    return len(sides) * max(map(len, sides)), distinct
+
+
+def shares(profiler: Any) -> dict[str, float]:
+    """Where a step's CPU time goes: share of each kind of operation, by its own time."""
+    kinds = {
+        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
+        "attention": ("flash_attention", "scaled_dot_product"),
+        "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::clone", "aten::contiguous", "aten::fill_", "zero_"),
+        "softmax, exp, log": ("softmax", "aten::exp", "aten::log", "logsumexp", "aten::gather"),
+        "optimizer and clipping": ("foreach", "Optimizer", "adamw", "addcdiv", "addcmul", "lerp", "linalg_vector_norm"),
+    }
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events) or 1
+    found = dict.fromkeys([*kinds, "elementwise and rest"], 0.0)
+    for event in events:
+        kind = next((k for k, names in kinds.items() if any(n in event.key for n in names)), "elementwise and rest")
+        found[kind] += event.self_cpu_time_total / total
+    return {kind: round(share, 3) for kind, share in found.items()}
+
+
+def small_llama(frozen_head: bool) -> Any:
+    """Six layers of 384, untied; the same weights in every process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.requires_grad_(not frozen_head)
+    return model
+
+
+def tokenizer_and_rows(setting: dict[str, Any]) -> tuple[Any, list[Row]]:
+    """A byte-level BPE trained on the rows, and those rows that fit."""
+    from transformers import PreTrainedTokenizerFast
+
+    rows = demo_rows(Path(setting["data"])) if setting["rows"] == "demo" else made_up_rows(*SHAPES[setting["rows"]])
+    inner = train_tokenizer([text for row in rows for text in row.values()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10**6
+    )
+
+    def length(row: Row) -> int:
+        prompt, *answers = (len(tokenizer(row[key])["input_ids"]) for key in ("prompt", "chosen", "rejected"))
+        return prompt + max(answers) + 4  # BOS, EOS, and a token that splits at a border
+
+    return tokenizer, [row for row in rows if length(row) <= LONGEST]
+
+
+def train_tokenizer(texts: list[str]) -> Any:
+    """Byte-level BPE of at most the model's vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def demo_rows(path: Path) -> list[Row]:
+    """ShareGPT rows as three strings, so that both trainers tokenize the same text."""
+    names = {"human": "User", "gpt": "Assistant", "system": "System"}
+    rows = []
+    for row in json.loads(path.read_text()):
+        turns = [f"{names.get(m['from'], m['from'])}: {m['value']}\n\n" for m in row["conversations"]]
+        answers = {side: row[side]["value"] for side in ("chosen", "rejected")}
+        if all(answers.values()) and answers["chosen"] != answers["rejected"]:
+            rows.append({"prompt": "".join(turns) + "Assistant:", **{k: f" {v}" for k, v in answers.items()}})
+    return rows
+
+
+def made_up_rows(prompt_length: int, answer_length: int) -> list[Row]:
+    """Random words of one token each; lengths vary by a third."""
+    generator = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = [f" {a}{b}" for a in syllables for b in syllables]
+
+    def text(mean: int) -> str:
+        return "".join(generator.choices(words, k=generator.randint(mean * 2 // 3, mean * 4 // 3)))
+
+    return [
+        {"prompt": text(prompt_length), "chosen": text(answer_length), "rejected": text(answer_length)}
+        for _ in range(100)
+    ]
+
+
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command and the machine."""
+    import transformers
+    import trl
+
+    words = ["python", "benchmarks/step.py", *(Path(a).name if a.endswith(".json") else a for a in sys.argv[1:])]
+    return {
+        "command": " ".join(words),
+        "steps": arguments.steps,
+        "threads": arguments.threads,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+    }
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def record(rows: str, result: dict[str, Any]) -> None:
+    """Puts one kind of rows into the file of the TRL version at hand."""
+    path = RESULTS / f"step-trl{result['versions']['trl']}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**known, rows: result}, indent=1) + "\n")
+
+
+def plot() -> None:
+    """docs/step.png from all result files; nothing where matplotlib is absent."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    bars = list(_bars())
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(bars)))
+    axes.barh([label for label, _, _ in bars], [ratio for _, ratio, _ in bars], color="tab:blue")
+    for index, (_, ratio, ideal) in enumerate(bars):
+        axes.text(ratio, index, f" {ratio:.2f}", va="center")
+        axes.plot([ideal, ideal], [index - 0.4, index + 0.4], color="black")
+    axes.axvline(1, color="tab:gray", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("CPU time of TRL's step / ours (black: the token ideal)")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "step.png", dpi=120)
+
+
+def _bars() -> Iterator[tuple[str, float, float]]:
+    for path in sorted(RESULTS.glob("step-trl*.json")):
+        for rows, result in json.loads(path.read_text()).items():
+            for case in result["cases"]:
+                checkpointing = "checkpointing" if case["checkpointing"] else "no checkpointing"
+                label = f"{rows}, {case['head']} head, {checkpointing}, {case['layout']} (TRL {result['versions']['trl']})"
+                yield label, case["ratio"], case["token_ideal"]
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Each is translated and named once in a `FutureWarning`; a value that can no longer be honoured is an error.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,4 +85,8 @@ _SPECIAL: dict[str, Callable[[dict[str, Any], Any], None]] = {
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, FutureWarning, stacklevel=5)
+    # Named at the line of the program that passed the argument, however deep in this package it is noticed.
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("orpo_plugins."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FutureWarning, stacklevel=level)

@@ -11,10 +11,10 @@ import logging
 from typing import Any
 
 import torch
-from orpo_plugins.collator import ORPOCollator
 from torch import Tensor
 from transformers import Trainer
 
+from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.forward import Denominators, ORPOOptions, nll_weights, pair_loss
 from orpo_plugins.head import logits_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_plugins import plugins
-from orpo_plugins.forward import orpo_forward, predictions_of
+from orpo_plugins.forward import check_vocabulary, orpo_forward, predictions_of
 from orpo_plugins.head import head_options, output_head, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair
 

@@ -142,7 +142,7 @@ def test_fuse_head_wants_our_loss_and_collator(tmp_path: Path) -> None:
 
 def test_labels_that_are_not_the_collators_are_refused(tmp_path: Path) -> None:
     trainer = stock(tmp_path)
-    outputs = trainer.model(input_ids=torch.arange(3, 9)[None])
+    outputs = trainer.model(input_ids=torch.arange(3, 15).view(2, 6))
     with pytest.raises(errors.BatchError, match="use ORPOCollator as the data collator"):
         ORPOLoss()(outputs, torch.zeros(2, 6, dtype=torch.long))
     with pytest.raises(errors.BatchError, match=r"the batch has no labels: pass data_collator=ORPOCollator"):

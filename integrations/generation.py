@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.collator import pad_token_id
+from orpo_plugins.head import is_encoder_decoder
 from orpo_plugins.predictions import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,16 @@ def sample_prompts(dataset: Any, count: int, *, seed: int) -> list[list[int]]:
 
 
 def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
-    """[B, new tokens]: the answers, from prompts padded on the left, with the key-value cache."""
+    """[B, new tokens]: the answers, with the key-value cache.
+
+    Prompts are padded on the left, where a decoder goes on from them, and on the right for an encoder.
+    """
     width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
+    encoder = is_encoder_decoder(model)
+    side = 1 if encoder else -1
+    input_ids = torch.tensor([_joined(prompt, [pad] * (width - len(prompt)), side) for prompt in prompts])
+    mask = torch.tensor([_joined([1] * len(prompt), [0] * (width - len(prompt)), side) for prompt in prompts])
     with torch.no_grad(), trainer.compute_loss_context_manager():
         whole = model.generate(
             input_ids=input_ids.to(device),
@@ -70,8 +76,12 @@ def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
             # Sharded weights are gathered by all ranks together, so none may stop before the others.
             synced_gpus=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
         )
-    answers: Tensor = whole[:, width:]
+    answers: Tensor = whole[:, 1 if encoder else width :]  # a decoder with an encoder returns its start token first
     return answers
+
+
+def _joined(ids: list[int], padding: list[int], side: int) -> list[int]:
+    return ids + padding if side > 0 else padding + ids
 
 
 def _track(rows: list[dict[str, str]], report_to: list[str]) -> bool:

@@ -92,7 +92,8 @@ def orpo_forward(
              + sum over pairs of -beta * log sigmoid(odds_temperature * log_odds) / num_pairs
 
     Args:
-        model: a causal LM or encoder-decoder model of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
+        model: a causal LM or encoder-decoder model of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed,
+            torch.compile).
         batch: what `ORPOCollator` returned, on the model's device: `input_ids` [R, S], masks or positions, `labels`
             [N, 4] and `shift_labels` [2B, L].
         beta: the paper's lambda, >= 0.
@@ -192,7 +193,9 @@ def check_vocabulary(model: nn.Module, input_ids: Tensor, predictions: Predictio
 
 def layout_of(inputs: Mapping[str, Any]) -> Layout | None:
     """The layout whose keyword a batch has; None where no layout wants anything of the forward pass."""
-    return next((layout for layout in plugins.layouts() if layout.keyword is not None and layout.keyword in inputs), None)
+    return next(
+        (layout for layout in plugins.layouts() if layout.keyword is not None and layout.keyword in inputs), None
+    )
 
 
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:

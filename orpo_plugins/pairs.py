@@ -92,7 +92,7 @@ class Answer(NamedTuple):
 
 
 class PairBuilder:
-    """Callable: `Preference` to `BuiltPair`, or `Dropped` with the reason. 
+    """Callable: `Preference` to `BuiltPair`, or `Dropped` with the reason.
 
     Args:
         tokenizer: anything that behaves like a transformers tokenizer: callable on a list of texts, with
@@ -226,7 +226,7 @@ def boundary(beginning: list[int], ids: list[int]) -> int:
     shortest = min(len(beginning), len(ids))
     if beginning[:shortest] == ids[:shortest]:
         return shortest
-    return next((i for i in range(shortest) if beginning[i] != ids[i]))
+    return next(i for i in range(shortest) if beginning[i] != ids[i])
 
 
 def token_sequence(answer: Answer) -> TokenSequence:

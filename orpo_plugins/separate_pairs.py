@@ -76,7 +76,7 @@ class EncoderDecoderPairBuilder(PairBuilder):
         )
 
     def _places(self, ids: list[int], limit: int | None, mode: str) -> list[int]:
-        """The places that stay: special tokens at both ends, and as many of one end of the text as there is room for."""
+        """The places that stay: special tokens at both ends, and what there is room for of one end of the text."""
         places = list(range(len(ids)))
         if limit is None or len(ids) <= limit:
             return places

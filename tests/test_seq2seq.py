@@ -1,4 +1,4 @@
-"""Encoder-decoder models: the encoder reads the prompt, the decoder the answers, with the numbers of TRL's ORPOTrainer."""
+"""Encoder-decoder models: the encoder reads the prompt, the decoder the answers, with the numbers of TRL."""
 
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
         max_completion_length=16,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
-        learning_rate=0.1,  # at 0.5 the third step of T5 1.1 differs by 1.6e-5: rounding that the weights have amplified
+        learning_rate=0.1,  # at 0.5 the third step of T5 1.1 differs by 1.6e-5: rounding, amplified by the weights
     )
 
 
@@ -130,7 +130,9 @@ def test_the_loss_is_what_the_model_itself_computes_for_the_answers(name: str) -
     assert_within(out.nll_loss, losses.view(labels.shape)[:3].sum() / chosen.sum(), 1e-5)
 
 
-def test_a_model_without_a_rule_of_its_own_reads_answers_behind_its_start_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_rule_of_its_own_reads_answers_behind_its_start_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = build("t5").eval()
     own = orpo_forward(model, batch()).loss
     monkeypatch.delattr(type(model), "prepare_decoder_input_ids_from_labels")
@@ -146,8 +148,8 @@ def test_a_template_that_writes_bos_and_eos_itself_gets_each_once() -> None:
     made = ORPOCollator(own, layout="seq2seq")(tiny.conversations(2))
     for row in (*made["input_ids"], *made["decoder_labels"]):
         ids = row[(row != -100) & (row != 0)].tolist()
-        assert ids[0] == 1 and ids[1] != 1
-        assert ids[-1] == EOS and ids[-2] != EOS
+        assert [token == 1 for token in ids[:2]] == [True, False]
+        assert [token == EOS for token in ids[-2:]] == [False, True]
 
 
 def test_prompts_and_answers_each_have_the_tokenizers_special_tokens() -> None:

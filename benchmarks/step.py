@@ -244,11 +244,28 @@ def token_counts(features: list[dict[str, Any]]) -> tuple[int, int]:
 def shares(profiler: Any) -> dict[str, float]:
     """Where a step's CPU time goes: share of each kind of operation, by its own time."""
     kinds = {
-        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
+        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "mkldnn"),
         "attention": ("flash_attention", "scaled_dot_product"),
-        "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::clone", "aten::contiguous", "aten::fill_", "zero_"),
+        "copies": (
+            "aten::copy_",
+            "aten::cat",
+            "aten::index",
+            "aten::clone",
+            "aten::contiguous",
+            "aten::fill_",
+            "zero_",
+        ),
         "softmax, exp, log": ("softmax", "aten::exp", "aten::log", "logsumexp", "aten::gather"),
-        "optimizer and clipping": ("foreach", "Optimizer", "adamw", "addcdiv", "addcmul", "lerp", "linalg_vector_norm"),
+        "optimizer and clipping": (
+            "foreach",
+            "fused_adam",
+            "Optimizer",
+            "adamw",
+            "addcdiv",
+            "addcmul",
+            "lerp",
+            "linalg_vector_norm",
+        ),
     }
     events = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in events) or 1
@@ -397,7 +414,9 @@ def _bars() -> Iterator[tuple[str, float, float]]:
         for rows, result in json.loads(path.read_text()).items():
             for case in result["cases"]:
                 checkpointing = "checkpointing" if case["checkpointing"] else "no checkpointing"
-                label = f"{rows}, {case['head']} head, {checkpointing}, {case['layout']} (TRL {result['versions']['trl']})"
+                label = (
+                    f"{rows}, {case['head']} head, {checkpointing}, {case['layout']} (TRL {result['versions']['trl']})"
+                )
                 yield label, case["ratio"], case["token_ideal"]
 
 

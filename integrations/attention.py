@@ -143,17 +143,22 @@ def attend(
         )
     if softcap is None and sinks is None and (varlen := _varlen(query, value, dropout)):
         return _attend_varlen(varlen, query, key, value, spans, _Settings(scale=scale, dropout=dropout, window=window))
+    # Split rather than sliced: the gradient of a slice is a row of zeros to be filled and added, for every span.
+    lengths = [span.length for span in spans.spans]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    index = {span.start: number for number, span in enumerate(spans.spans)}
     parts = []
-    for span in spans.spans:
-        own = slice(span.start, span.start + span.length)
+    for number, span in enumerate(spans.spans):
         context = _visible_context(span, window)
-        keys, values = _with_context(key, own, context), _with_context(value, own, context)
+        before = index[span.context_start]
+        own_keys = _with_context(keys[number], keys[before], context)
+        own_values = _with_context(values[number], values[before], context)
         bias = _bias(spans, span, window, query)
         if softcap is None and sinks is None:
             part = F.scaled_dot_product_attention(
-                query[:, :, own],
-                keys,
-                values,
+                queries[number],
+                own_keys,
+                own_values,
                 attn_mask=bias,
                 dropout_p=dropout,
                 is_causal=bias is None,
@@ -161,7 +166,7 @@ def attend(
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         else:
-            part = _written_out(query[:, :, own], keys, values, bias, scale, dropout, softcap, sinks)
+            part = _written_out(queries[number], own_keys, own_values, bias, scale, dropout, softcap, sinks)
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1)
 
@@ -192,14 +197,13 @@ def _replaced(module: nn.Module, original: str) -> Callable[..., tuple[Tensor, T
 
 
 def _visible_context(span: Span, window: int | None) -> slice | None:
-    """The rows of the context that at least the span's first row sees."""
+    """The rows of the context that at least the span's first row sees, counted from the context's first."""
     length = span.context_length if window is None else min(span.context_length, window - 1)
-    end = span.context_start + span.context_length
-    return slice(end - length, end) if length else None
+    return slice(span.context_length - length, span.context_length) if length else None
 
 
-def _with_context(x: Tensor, own: slice, context: slice | None) -> Tensor:
-    return x[:, :, own] if context is None else torch.cat([x[:, :, context], x[:, :, own]], dim=2)
+def _with_context(own: Tensor, before: Tensor, context: slice | None) -> Tensor:
+    return own if context is None else torch.cat([before[:, :, context], own], dim=2)
 
 
 def _bias(spans: Spans, span: Span, window: int | None, query: Tensor) -> Tensor | None:

@@ -34,9 +34,9 @@ class Span(NamedTuple):
     length: int
     """Rows."""
     context_start: int
-    """First row of the context (a shared prompt)."""
+    """First row of the context, the first rows of the span that starts there (a shared prompt)."""
     context_length: int
-    """Rows of the context; 0 for a sequence that stands alone."""
+    """Rows of the context; 0 for a sequence that stands alone (`context_start` is any span's then)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -251,9 +251,10 @@ def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOpti
 
 
 def prepared(rows: Any, tokenizer: Any, options: PairOptions, args: Any, name: str) -> Any:
-    """The tokenized dataset; what was cut or dropped goes into the log."""
+    """The tokenized dataset; what was cut or dropped is in the log then, as a warning."""
     dataset, report = prepare_dataset(rows, tokenizer, options, num_proc=args.dataset_num_proc, name=name)
-    logger.info("%s", report.summary())
+    if report.all_whole():
+        logger.info("%s", report.summary())
     return dataset
 
 
@@ -267,6 +268,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
         truncation_mode=args.truncation_mode,
         layout=layout,
         nll_over=args.nll_over,
+        padding_value=args.padding_value,
     )
 
 

@@ -32,6 +32,7 @@ class ORPOCollator:
         layout: "padded", "packed", "shared", "seq2seq" (encoder-decoder models) or a plugin's; "auto" is "padded",
             which every decoder can run.
         nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
+        padding_value: token id to pad with; default: the tokenizer's pad token.
         pad_to_multiple_of: rounds the width of *padded* batches up.
 
     Returns (when called on a list of rows):
@@ -55,6 +56,7 @@ class ORPOCollator:
         layout: str = "padded",
         nll_over: str = "sequence",
         pad_to_multiple_of: int | None = None,
+        padding_value: int | None = None,
     ) -> None:
         self.layout = plugins.layout("padded" if layout == "auto" else layout)
         options = PairOptions(
@@ -76,14 +78,14 @@ class ORPOCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.left_out: Counter[str] = Counter()
         self._read = RowTokenizer(tokenizer, options)
-        self._pad_token_id = pad_token_id(tokenizer)
+        self.pad_token_id = pad_token_id(tokenizer) if padding_value is None else padding_value
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch."""
         if not rows:
             raise BatchError("the batch has no rows")
         pairs = self.pairs(rows)
-        batch = self.layout.collate(pairs, pad_token_id=self._pad_token_id, nll_over=self.nll_over)
+        batch = self.layout.collate(pairs, pad_token_id=self.pad_token_id, nll_over=self.nll_over)
         return self._widened(batch) if self.pad_to_multiple_of else batch
 
     def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
@@ -118,7 +120,7 @@ class ORPOCollator:
         labels[:, 0] += labels[:, 0] // width * more
         return {
             **batch,
-            "input_ids": pad(batch["input_ids"], (0, more), value=self._pad_token_id),
+            "input_ids": pad(batch["input_ids"], (0, more), value=self.pad_token_id),
             "attention_mask": pad(batch["attention_mask"], (0, more), value=0),
             "labels": labels,
         }

@@ -138,7 +138,7 @@ def test_batches_are_not_cut_apart_between_ranks(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"kernel": "quick"}, "unknown kernel 'quick'; known: auto, chunked, reference"),
-        ({"layout": "stacked"}, "unknown layout 'stacked'; known: auto, packed, padded, shared"),
+        ({"layout": "stacked"}, "unknown layout 'stacked'; known: auto, packed, padded, seq2seq, shared"),
         ({"nll_over": "answer"}, "unknown nll_over 'answer'"),
         ({"nll_normalization": "mean"}, "unknown nll_normalization 'mean'"),
         ({"beta": -0.1}, "beta is -0.1: .* must be a finite number >= 0"),

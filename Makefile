@@ -31,15 +31,18 @@ clean:
 	rm -rf build/demo
 
 .venv/.demo: .venv/.torch pyproject.toml
-	.venv/bin/pip install --quiet -e '.[axolotl,plot]'
+	@echo "Installing Axolotl into .venv: some minutes, once."
+	@.venv/bin/pip install --quiet -e '.[axolotl,plot]'
 	@touch $@
 
 .venv/.test: .venv/.torch pyproject.toml
-	.venv/bin/pip install --quiet -e '.[axolotl,liger,dev]'
+	@echo "Installing Axolotl and the test tools into .venv: some minutes, once."
+	@.venv/bin/pip install --quiet -e '.[axolotl,liger,dev]'
 	@touch $@ .venv/.demo
 
 .venv-latest/.test: .venv-latest/.torch pyproject.toml
-	.venv-latest/bin/pip install --quiet -e '.[liger,dev]'
+	@echo "Installing the newest releases and the test tools into .venv-latest: some minutes, once."
+	@.venv-latest/bin/pip install --quiet -e '.[liger,dev]'
 	@touch $@
 
 # torch before all else, so that what follows keeps this build.

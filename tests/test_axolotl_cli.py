@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from axolotl_runs import (
 )
 from helpers import assert_all_within, assert_within
 from safetensors.torch import load_file
+
+from orpo_plugins.preparation import prepare_dataset
 
 needs_axolotl()
 
@@ -85,6 +88,25 @@ def test_preprocess_tokenizes_every_dataset_and_train_reads_the_cache(lora: tupl
         assert f"{folder / name}.jsonl: 6 of 6 rows kept" in logs["preprocess"]
         assert f"{name}.jsonl: 6 of 6" not in logs["train"]
     assert "Loading prepared dataset from disk" in logs["train"]
+
+
+def test_every_dataset_is_tokenized_as_its_rows_and_template_say(lora: tuple[Path, dict[str, str]]) -> None:
+    from axolotl.utils.chat_templates import get_chat_template
+    from datasets import load_from_disk
+
+    cached = load_from_disk(next(iter((lora[0] / "prepared").glob("orpo-*"))))
+    found = {(tuple(row["chosen_input_ids"]), tuple(row["rejected_input_ids"])) for row in cached}
+    rows, tokenizer, chatml = tiny.rows(24), tiny.tokenizer(), tiny.tokenizer(get_chat_template("chatml"))
+
+    def ids(some: Iterable[dict[str, Any]], with_tokenizer: Any) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        pairs, _ = prepare_dataset(list(some), with_tokenizer)
+        return {(tuple(row["chosen_input_ids"]), tuple(row["rejected_input_ids"])) for row in pairs}
+
+    assert ids(rows[1:6] + rows[18:], tokenizer) < found
+    assert ids(map(sharegpt, rows[6:12]), chatml) < found
+    # Where all turns alternate, Axolotl's own type means what our row formats mean.
+    assert ids(map(argilla, rows[12:18]), tokenizer) < found
+    assert len(cached) == 24
 
 
 def test_truncation_is_reported_where_it_is_asked_for(lora: tuple[Path, dict[str, str]]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import axolotl, dataset, environment, folder_with_model, needs_axolotl, write_config, write_rows
+import yaml
+from axolotl_runs import ROOT, axolotl, dataset, environment, folder_with_model, needs_axolotl, write_config, write_rows
 
 needs_axolotl()
 
@@ -31,7 +32,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "ConfigError: unknown YAML key 'orpo_kernal' (did you mean orpo_kernel?); known: orpo_alpha, orpo_kernel,",
     ),
     "an unknown kernel": ({"orpo_kernel": "fast"}, "unknown kernel 'fast'; known: auto, chunked, reference"),
-    "an unknown layout": ({"orpo_layout": "flat"}, "unknown layout 'flat'; known: auto, packed, padded, shared"),
+    "an unknown layout": ({"orpo_layout": "flat"}, "unknown layout 'flat'; known: auto, packed, padded"),
     "an unknown nll_over": ({"orpo_nll_over": "answer"}, "unknown orpo_nll_over 'answer'; known: sequence, completion"),
     "an unknown normalization": (
         {"orpo_nll_normalization": "token"},
@@ -69,14 +70,29 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 }
 
 
+EXAMPLES = sorted((ROOT / "examples").glob("axolotl/*.yml"))
+
+
+def example(path: Path) -> dict[str, Any]:
+    """The settings of an example config, without what is not on this machine."""
+    settings: dict[str, Any] = yaml.safe_load(path.read_text())
+    for key in ("base_model", "output_dir"):
+        settings.pop(key, None)
+    return {**settings, "bf16": False}
+
+
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
     """What the loader returned or raised, and what it logged, by the names above."""
     folder = folder_with_model(tmp_path_factory.mktemp("configs"))
     rows = [dataset(write_rows(folder / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]))]
-    cases = {**{name: settings for name, (settings, _) in REFUSED.items()}, **ACCEPTED}
+    cases = {
+        **{name: settings for name, (settings, _) in REFUSED.items()},
+        **ACCEPTED,
+        **{path.name: example(path) for path in EXAMPLES},
+    }
     paths = {
-        str(write_config(folder / f"{number}.yml", datasets=rows, val_set_size=0, **settings)): name
+        str(write_config(folder / f"{number}.yml", **{"datasets": rows, "val_set_size": 0, **settings})): name
         for number, (name, settings) in enumerate(cases.items())
     }
     run = subprocess.run(
@@ -116,6 +132,12 @@ def test_keys_reach_the_validated_config_with_our_trainer(read: tuple[dict[str, 
 def test_another_method_is_left_alone_and_told_so(read: tuple[dict[str, Any], dict[str, str]]) -> None:
     assert "trainer_cls" not in read[0]["another method"]["cfg"]
     assert "orpo-plugins does nothing: rl is 'dpo', not 'orpo'" in read[1]["another method"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_configs_are_accepted(path: Path, read: tuple[dict[str, Any], dict[str, str]]) -> None:
+    assert read[0][path.name].get("error") is None
+    assert read[0][path.name]["cfg"]["orpo_alpha"] == 0.1
 
 
 def test_the_command_itself_fails_on_a_mistyped_key(tmp_path: Path) -> None:

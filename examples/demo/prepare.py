@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
 SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
@@ -20,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="build/demo/model")
     output = parser.parse_args().output
+    disable_progress_bar()
     tokenizer = train_tokenizer(texts(HERE / "train.jsonl"))
     model = small_llama(tokenizer)
     model.save_pretrained(output)

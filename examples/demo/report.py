@@ -5,12 +5,14 @@ python examples/demo/report.py         # after examples/demo/prepare.py and `axo
 
 import argparse
 import json
+import logging
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from orpo_plugins import ORPOCollator, orpo_forward
 
@@ -25,6 +27,9 @@ def main() -> None:
     parser.add_argument("--after", default="build/demo/output")
     parser.add_argument("--figure", default="build/demo/curves.png")
     options = parser.parse_args()
+    # Optional libraries that transformers looks for complain about what this machine lacks.
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.after)
     before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (options.before, options.after))
     sets = {"training pairs": read("train.jsonl"), "held-out pairs": read("held_out.jsonl")}

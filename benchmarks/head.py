@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096 if cuda else 512)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds after which nothing is repeated")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds per variant")
     parser.add_argument("--curve", action="store_true", help="time against memory_budget, ours alone")
     parser.add_argument("--accuracy", action="store_true", help="distance from float64 on a small case")
@@ -87,6 +88,7 @@ def plan(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "tokens": tokens,
             "hidden": arguments.hidden,
             "repeats": arguments.repeats,
+            "patience": arguments.patience,
             "accuracy": arguments.accuracy,
         }
         if arguments.curve:
@@ -128,6 +130,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         elapsed, peak = meter.stop()
         seconds.append(elapsed)
         memory = peak if repeat == 0 else memory
+        if sum(seconds) > cell["patience"]:
+            break
     return {"seconds": min(seconds), "median_seconds": sorted(seconds)[len(seconds) // 2], "peak_mib": memory / 2**20}
 
 

@@ -121,7 +121,7 @@ class _TiledHead(torch.autograd.Function):
         return loss, nll, means, scan.logit_means
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 7

@@ -140,5 +140,5 @@ def _logit_means(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
     """The mean logit over all positions of the chosen and of the rejected rows: linear, so no logits are needed."""
     mean_row = weight.mean(0, dtype=torch.float32)
     offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
-    chosen, rejected = hidden.unflatten(0, (2, -1)).mean((1, 2), dtype=torch.float32) @ mean_row + offset
+    chosen, rejected = hidden.reshape(2, -1, hidden.shape[-1]).mean(1, dtype=torch.float32) @ mean_row + offset
     return chosen, rejected

@@ -71,7 +71,7 @@ def linear_orpo_loss(
     Source: equations 6 and 7 of arXiv:2403.07691 for the default `pair_loss`.
     """
     check_coefficients(beta, odds_temperature)
-    _check_transform(softcap, logit_scale)
+    _check_options(softcap, logit_scale, memory_budget)
     _check_shapes(hidden, weight, labels, nll_labels, bias)
     chosen_kernel = plugins.kernel(kernel, hidden.device)
     predictions = Predictions.from_labels(labels, nll_labels, ignore_index)
@@ -112,7 +112,11 @@ def _summed(per_pair: Tensor, pairs: PairLogps) -> Tensor:
     return per_pair.sum()
 
 
-def _check_transform(softcap: float | None, logit_scale: float) -> None:
+def _check_options(softcap: float | None, logit_scale: float, memory_budget: int | None) -> None:
+    if memory_budget is not None and memory_budget < 0:
+        raise ConfigError(
+            f"memory_budget is {memory_budget}: it is a number of bytes, or None for the kernel's default"
+        )
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ConfigError(f"softcap is {softcap}: it must be a finite number > 0, or None for no soft-cap")
     if not 0 < logit_scale < float("inf"):
@@ -173,10 +177,14 @@ def check_labels(predictions: Predictions, length: int, vocabulary: int) -> None
 
 
 def _check_finite(rows: Tensor, predictions: Predictions, length: int) -> None:
-    # On other devices the answer would have to be waited for; there the loss comes out non-finite.
-    if rows.device.type != "cpu" or bool(torch.isfinite(rows).all()):
+    # On other devices the answer would have to be waited for; there the loss comes out non-finite.  The sum comes
+    # first because isfinite() on all of them takes twice the memory of the rows.
+    if rows.device.type != "cpu" or bool(rows.detach().sum(dtype=torch.float32).isfinite()):
         return
-    line = int((~torch.isfinite(rows)).any(1).nonzero()[0])
+    finite = torch.isfinite(rows).all(1)
+    if bool(finite.all()):
+        return
+    line = int((~finite).nonzero()[0])
     row, position = divmod(int(predictions.rows[line]), length)
     raise BatchError(
         f"hidden[{row}, {position}] contains NaN or infinity: look for an overflow in the model "

@@ -51,7 +51,8 @@ def objective_of_logits(logits: Tensor, predictions: Predictions, objective: Obj
 def combine(logps: Tensor, predictions: Predictions, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, NLL, mean log-probabilities [2B]) from per-line log-probabilities [N]; differentiable in `logps`."""
     lengths = predictions.answer_lengths()
-    means = predictions.sum_by_sequence(logps * predictions.in_answer) / lengths
+    # Nothing over nothing, where a pair has no rejected answer, must not become NaN: it would get into the gradient.
+    means = predictions.sum_by_sequence(logps * predictions.in_answer) / lengths.clamp(min=1)
     nll = -(objective.nll_weights * logps).sum()
     (chosen, rejected), (chosen_lengths, rejected_lengths) = means.view(2, -1), lengths.view(2, -1)
     pairs = PairLogps(

@@ -1,10 +1,49 @@
-"""The fused head for CUDA devices; see `chunked` for what is computed."""
+"""The fused head for CUDA devices: the passes of `chunked`, cuBLAS products, and Triton for the rest of each tile."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
 
 from orpo_plugins.hookspecs import hookimpl
-from orpo_plugins.interfaces import Kernel
+from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.kernels.chunked import EagerSteps, tiled_head
+from orpo_plugins.predictions import Predictions
 
 
 @hookimpl
 def orpo_kernels() -> list[Kernel]:
-    """None yet."""
-    return []
+    """What "auto" takes on a CUDA device where triton is installed."""
+    return [Kernel(name="triton", compute=triton_head, unsupported=unsupported, priority=10)]
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the kernel cannot run on `device`."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return "triton needs compute capability 7.0"
+    return None
+
+
+def triton_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    predictions: Predictions,
+    objective: Objective,
+    options: HeadOptions,
+) -> HeadResult:
+    """See `KernelFunction`, and `chunked_head` for `memory_budget`."""
+    from orpo_plugins.kernels.triton_steps import TritonSteps
+
+    steps = EagerSteps() if hidden.dtype == torch.float64 else TritonSteps()
+    with _on(hidden.device):
+        return tiled_head(hidden, weight, bias, predictions, objective, options, steps)
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    # Triton launches on the current device, which need not be the tensors' one; -1 changes nothing.
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,176 @@
+"""The arithmetic on one tile as two Triton kernels: each reads a tile of logits once and writes it once.
+
+Imported on first use, since it needs triton.  See `chunked` for what is computed; names are those of `EagerSteps`.
+"""
+
+# ruff: noqa: N803  # compile-time constants are in capitals in Triton's own kernels
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orpo_plugins.kernels.chunked import Running, Transform
+
+_LINES_PER_PROGRAM = 1024
+
+
+class TritonSteps:
+    """`TileSteps` for fp32, bf16 and fp16 on CUDA devices (and under TRITON_INTERPRET=1 on any)."""
+
+    def scan(
+        self,
+        raw: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        running: Running,
+        out: Tensor | None,
+    ) -> Tensor:
+        """See `TileSteps`; one program per line."""
+        lines, columns = raw.shape
+        shrink = torch.empty_like(running.reference)
+        # Pointers that are not used must still be pointers.
+        _scan[(lines,)](
+            raw,
+            raw.stride(0),
+            raw if bias is None else bias,
+            targets,
+            running.reference,
+            running.others,
+            running.others if running.raw_sum is None else running.raw_sum,
+            shrink,
+            raw if out is None else out,
+            0 if out is None else out.stride(0),
+            columns,
+            transform.factor,
+            transform.inner or 1.0,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=transform.inner is not None,
+            HAS_SUM=running.raw_sum is not None,
+            HAS_OUT=out is not None,
+            BLOCK=triton.next_power_of_2(columns),
+            num_warps=8,
+        )
+        return shrink
+
+    def gradient(
+        self,
+        raw: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        reference: Tensor,
+        at_target: Tensor,
+        coefficients: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `TileSteps`; one program per vocabulary entry and block of lines."""
+        columns, lines = raw.shape
+        block = min(_LINES_PER_PROGRAM, triton.next_power_of_2(lines))
+        _gradient[(columns, triton.cdiv(lines, block))](
+            raw,
+            raw.stride(0),
+            raw if bias is None else bias,
+            targets,
+            reference,
+            at_target,
+            coefficients,
+            out,
+            out.stride(0),
+            lines,
+            transform.factor,
+            transform.inner or 1.0,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=transform.inner is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    # exp of a negative number only, so that it cannot overflow.
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scan(  # type: ignore[no-untyped-def]
+    raw,
+    raw_stride,
+    bias,
+    targets,
+    reference,
+    others,
+    raw_sum,
+    shrink,
+    out,
+    out_stride,
+    columns,
+    factor,
+    inner,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64)  # a product of line and stride may exceed 32 bits
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(raw + line * raw_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + column, mask=inside, other=0.0)
+    if HAS_CAP:
+        x = _tanh(x * inner)
+    if HAS_SUM:
+        tl.store(raw_sum + line, tl.load(raw_sum + line) + tl.sum(tl.where(inside, x, 0.0), axis=0))
+    before = tl.load(reference + line)
+    highest = tl.max(tl.where(inside, x * factor, -float("inf")), axis=0)
+    top = tl.maximum(before, tl.ceil(highest))
+    scale = tl.exp2(before - top)
+    power = tl.exp2(x * factor - top)
+    power = tl.where(inside & (column != tl.load(targets + line)), power, 0.0)
+    tl.store(others + line, tl.load(others + line) * scale + tl.sum(power, axis=0))
+    tl.store(reference + line, top)
+    tl.store(shrink + line, scale)
+    if HAS_OUT:
+        if HAS_CAP:
+            power *= 1.0 - x * x
+        tl.store(out + line * out_stride + column, power.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradient(  # type: ignore[no-untyped-def]
+    raw,
+    raw_stride,
+    bias,
+    targets,
+    reference,
+    at_target,
+    coefficients,
+    out,
+    out_stride,
+    lines,
+    factor,
+    inner,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = line < lines
+    x = tl.load(raw + column * raw_stride + line, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + column)
+    if HAS_CAP:
+        x = _tanh(x * inner)
+    power = tl.exp2(x * factor - tl.load(reference + line, mask=inside, other=0.0))
+    if HAS_CAP:
+        power *= 1.0 - x * x
+    is_target = tl.load(targets + line, mask=inside, other=-1) == column
+    power = tl.where(is_target, tl.load(at_target + line, mask=inside, other=0.0), power)
+    power *= tl.load(coefficients + line, mask=inside, other=0.0)
+    tl.store(out + column * out_stride + line, power.to(out.dtype.element_ty), mask=inside)

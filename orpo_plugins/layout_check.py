@@ -78,6 +78,7 @@ def check_layout(
     layouts = (plugins.layout("padded"), layout)
     device = next(model.parameters()).device
     batches = [_to(one.collate(pairs, pad_token_id=pad_token_id, nll_over=nll_over), device) for one in layouts]
+    check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]))
     with torch.no_grad(), _evaluating(model):
         if kernel != "reference":
             head_options(model, batches[0]["input_ids"])  # its probe must not pass by the hooks below

@@ -5,11 +5,12 @@ python examples/demo/prepare.py        # writes build/demo/model
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
@@ -21,6 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="build/demo/model")
     output = parser.parse_args().output
+    # Optional libraries that transformers looks for complain about what this machine lacks.
+    logging.disable(logging.WARNING)
     disable_progress_bar()
     tokenizer = train_tokenizer(texts(HERE / "train.jsonl"))
     model = small_llama(tokenizer)
@@ -50,7 +53,7 @@ def train_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>")
 
 
-def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Four layers of width 128, seeded."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -66,7 +69,8 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 if __name__ == "__main__":

@@ -42,13 +42,14 @@ class MetricSums:
 
 
 def figures_of(
-    output: ORPOOutput, options: ORPOOptions, totals: Denominators, num_pairs: int
+    output: ORPOOutput, options: ORPOOptions, totals: Denominators
 ) -> dict[str, tuple[Tensor, Tensor | float]]:
     """TRL's metric keys and ours for one micro-batch, each as (sum, weight).
 
     Per pair: `rewards/*` (beta times mean log-probability), `logps/*`, `log_odds_chosen`, `log_odds_ratio`,
     `answer_tokens/*` (tokens per answer) and the metrics of plugins.  `nll_loss` is weighted as the loss weighs it:
-    by tokens ("batch"), by micro-batch ("microbatch"), by pairs ("pair").  Only the first `num_pairs` pairs count.
+    by tokens ("batch"), by micro-batch ("microbatch"), by rows ("pair").  Rows count by their weights, and in the
+    figures of pairs only where they have a rejected answer.
     """
     chosen, rejected = output.chosen_logps.detach(), output.rejected_logps.detach()
     per_pair = {
@@ -64,17 +65,22 @@ def figures_of(
         "answer_tokens/rejected": output.figures["rejected_lengths"],
     }
     per_pair |= {metric.name: metric.compute(output).detach().float() for metric in plugins.metrics()}
+    rows = output.figures["weights"]
+    pairs = torch.where(output.figures["rejected_lengths"] > 0, rows, 0.0)
     sums: dict[str, tuple[Tensor, Tensor | float]] = {}
     for name, values in per_pair.items():
-        counted = values[:num_pairs] if values.shape[:1] == chosen.shape else values
-        sums[name] = (counted.sum(), float(counted.numel()))
+        if values.shape == pairs.shape:
+            # Not a product: figures of a row without a rejected answer are NaN.
+            sums[name] = (torch.where(pairs > 0, values * pairs, 0.0).sum(), pairs.sum())
+        else:
+            sums[name] = (values.sum(), float(values.numel()))
     nll = output.nll_loss.detach()
     if options.nll_normalization == "batch":
         sums["nll_loss"] = (nll * totals.nll_tokens, output.figures["nll_tokens"])
     elif options.nll_normalization == "pair":
-        sums["nll_loss"] = (nll * totals.num_pairs, float(num_pairs))
+        sums["nll_loss"] = (nll * totals.num_rows, rows.sum())
     else:
-        sums["nll_loss"] = (nll, float(num_pairs > 0))
+        sums["nll_loss"] = (nll, (rows.sum() > 0).float())
     for name, figure in (("logits/chosen", "chosen_logits"), ("logits/rejected", "rejected_logits"), ("aux_loss",) * 2):
         if figure in output.figures:
             sums[name] = (output.figures[figure], 1.0)

@@ -7,6 +7,7 @@ trainer = Trainer(
 fuse_head(trainer)                             # optional: no logits in memory, exact pair weights, metrics
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import Trainer
 
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.forward import Denominators, ORPOOptions, nll_weights, pair_loss
+from orpo_plugins.forward import Denominators, ORPOOptions, counts_of, nll_weights, pair_loss
 from orpo_plugins.head import logits_of
 from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.interfaces import Objective
@@ -72,10 +73,11 @@ class ORPOLoss:
                 "a step has several micro-batches: their odds-ratio terms are weighted by tokens; "
                 "call orpo_plugins.fuse_head(trainer) for exact pair weights"
             )
-        totals = Denominators(nll_tokens=tokens, num_pairs=predictions.num_pairs * tokens / own_tokens)
+        # The Trainer counts tokens without weights, so the step's weighted count is estimated from this micro-batch.
+        totals = Denominators.of(counts_of(predictions) * (tokens / own_tokens))
         objective = Objective(
             nll_weights=nll_weights(predictions, self.options, totals),
-            pair_loss=lambda pairs: pair_loss(pairs, options=self.options, num_pairs=totals.num_pairs),
+            pair_loss=functools.partial(pair_loss, options=self.options, predictions=predictions, totals=totals),
         )
         return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective).loss
 

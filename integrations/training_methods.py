@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from orpo_plugins import plugins
-from orpo_plugins.collator import ORPOCollator, pad_token_id
+from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ModelError
 from orpo_plugins.forward import (
     Denominators,
     ORPOOptions,
+    counts_of,
     forward_with_options,
     own_denominators,
     predictions_of,
@@ -58,12 +59,10 @@ class ORPOMethods:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if not batches:
             return batches, None
-        counts = [predictions_of(batch) for batch in batches]
-        tokens = torch.stack([predictions.in_nll.sum() for predictions in counts]).sum().to(device).float()
-        pairs = tokens.new_full((), sum(predictions.num_pairs for predictions in counts))
+        counts = torch.stack([counts_of(predictions_of(batch)) for batch in batches]).sum(0).to(device)
         # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
-        totals = self.accelerator.reduce(torch.stack([tokens, pairs]), reduction="mean")
-        self._step_totals = Denominators(nll_tokens=totals[0].clamp(min=1), num_pairs=totals[1])
+        totals = self.accelerator.reduce(counts, reduction="mean")
+        self._step_totals = Denominators.of(totals)
         return batches, totals[0]
 
     def get_train_dataloader(self) -> Any:
@@ -84,12 +83,11 @@ class ORPOMethods:
             return  # nothing to compare with
         self._layout_is_checked = True
         pairs = collator.pairs(list(itertools.islice(self.train_dataset, 2)))  # type: ignore[attr-defined]
-        pad = pad_token_id(collator.tokenizer)
         report = check_layout(
             model,
             pairs,
             collator.layout,
-            pad_token_id=pad,
+            pad_token_id=collator.pad_token_id,
             nll_over=collator.nll_over,
             kernel=self.orpo_options.kernel,
         )
@@ -119,12 +117,14 @@ class ORPOMethods:
         predictions = predictions_of(inputs)
         pairs = predictions.num_pairs if split == "train" else self._pairs_of_the_set(predictions.num_pairs)
         if pairs < predictions.num_pairs:
-            predictions = replace(predictions, in_nll=predictions.in_nll & (predictions.sequences < pairs))
+            counted = predictions.sequences % predictions.num_pairs < pairs
+            weights = 1.0 if predictions.weights is None else predictions.weights
+            predictions = replace(predictions, weights=counted * weights)
         totals = own_denominators(predictions)
         if split == "train" and self.orpo_options.nll_normalization != "microbatch" and self._step_totals is not None:
             totals = self._step_totals
         output = forward_with_options(model, inputs, self.orpo_options, predictions, totals)
-        self._sums[split].add(figures_of(output, self.orpo_options, totals, pairs))
+        self._sums[split].add(figures_of(output, self.orpo_options, totals))
         return output
 
     def _pairs_of_the_set(self, num_pairs: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo_plugins import plugins
@@ -70,7 +71,24 @@ class Denominators:
     nll_tokens: Tensor | float
     """NLL tokens of the whole optimizer step, all micro-batches and ranks, divided by the number of ranks."""
     num_pairs: Tensor | float
-    """Pairs, counted in the same way."""
+    """Pairs with a rejected answer, counted in the same way."""
+    num_rows: Tensor | float
+    """All pairs, those without a rejected answer too."""
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "Denominators":
+        """From the sum of `counts_of` over micro-batches; what there is none of is divided by 1."""
+        tokens, pairs, rows = torch.where(counts > 0, counts, 1.0).unbind()
+        return cls(nll_tokens=tokens, num_pairs=pairs, num_rows=rows)
+
+
+def counts_of(predictions: Predictions) -> Tensor:
+    """fp32 [3]: NLL tokens, pairs with a rejected answer, and all pairs of one micro-batch, each times its weight."""
+    in_nll = predictions.in_nll.float()
+    tokens = in_nll if predictions.weights is None else in_nll * predictions.weights
+    weights = predictions.pair_weights()
+    paired = predictions.answer_lengths()[predictions.num_pairs :] > 0
+    return torch.stack([tokens.sum(), (weights * paired).sum(), weights.sum()])
 
 
 def orpo_forward(
@@ -84,18 +102,22 @@ def orpo_forward(
     loss_terms: Mapping[str, float] | None = None,
     nll_tokens: Tensor | float | None = None,
     num_pairs: Tensor | float | None = None,
+    num_rows: Tensor | float | None = None,
     memory_budget: int | None = None,
 ) -> ORPOOutput:
     """Runs `model` on a batch of `ORPOCollator` with a fused head and returns the objective.
 
         loss = sum(NLL of the chosen rows) / nll_tokens
-             + sum over pairs of -beta * log sigmoid(odds_temperature * log_odds) / num_pairs
+             + sum over pairs of -beta * log sigmoid(odds_temperature * log_odds - margin) / num_pairs
+
+    A pair of weight w counts as w pairs that are alike, in sums and denominators; one without a rejected answer counts
+    in the NLL alone.
 
     Args:
         model: a causal LM or encoder-decoder model of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed,
             torch.compile).
         batch: what `ORPOCollator` returned, on the model's device: `input_ids` [R, S], masks or positions, `labels`
-            [N, 4] and `shift_labels` [2B, L].
+            [N, 4] (or [N, 5]) and `shift_labels` [2B, L].
         beta: the paper's lambda, >= 0.
         odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
         kernel: "auto", "reference" (the model's own logits, all at once), "chunked", "triton" or a plugin's name.
@@ -103,12 +125,13 @@ def orpo_forward(
         loss_terms: per-pair terms of plugins to add, {name: weight}.
         nll_tokens: the NLL's denominator; default: this batch's NLL tokens.  Under gradient accumulation pass the
             tokens of all micro-batches of the step, under data parallelism those of all ranks divided by the ranks.
-        num_pairs: the same for pairs; default: this batch's.
+        num_pairs: the same for pairs that have a rejected answer; default: this batch's.
+        num_rows: the same for all pairs, for `nll_normalization="pair"`; default: `num_pairs`, or this batch's.
         memory_budget: bytes that the kernel may hold beyond inputs and gradients.
 
     Returns:
-        `ORPOOutput`; `figures` holds `chosen_lengths`, `rejected_lengths` [B], `nll_tokens` and, for a mixture of
-        experts with `output_router_logits`, `aux_loss`, whose multiple is in the loss.
+        `ORPOOutput`; `figures` holds `chosen_lengths`, `rejected_lengths`, `weights` [B], `nll_tokens` and, for a
+        mixture of experts with `output_router_logits`, `aux_loss`, whose multiple is in the loss.
 
     Raises:
         BatchError: a batch that does not come from `ORPOCollator`.
@@ -128,6 +151,7 @@ def orpo_forward(
     totals = Denominators(
         nll_tokens=own.nll_tokens if nll_tokens is None else nll_tokens,
         num_pairs=own.num_pairs if num_pairs is None else num_pairs,
+        num_rows=num_rows if num_rows is not None else own.num_rows if num_pairs is None else num_pairs,
     )
     return forward_with_options(model, batch, options, predictions, totals)
 
@@ -143,7 +167,7 @@ def predictions_of(batch: Mapping[str, Any]) -> Predictions:
 
 def own_denominators(predictions: Predictions) -> Denominators:
     """The counts of one micro-batch by itself."""
-    return Denominators(nll_tokens=predictions.in_nll.sum().clamp(min=1), num_pairs=float(predictions.num_pairs))
+    return Denominators.of(counts_of(predictions))
 
 
 def forward_with_options(
@@ -156,7 +180,7 @@ def forward_with_options(
     """`orpo_forward` with everything decided: what adapters call."""
     objective = Objective(
         nll_weights=nll_weights(predictions, options, totals),
-        pair_loss=functools.partial(pair_loss, options=options, num_pairs=totals.num_pairs),
+        pair_loss=functools.partial(pair_loss, options=options, predictions=predictions, totals=totals),
     )
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
     check_vocabulary(model, inputs["input_ids"], predictions)
@@ -201,18 +225,40 @@ def layout_of(inputs: Mapping[str, Any]) -> Layout | None:
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:
     """fp32 [N]: what each line's NLL weighs in the loss."""
     in_nll = predictions.in_nll.float()
+    weighted = in_nll if predictions.weights is None else in_nll * predictions.weights
     if options.nll_normalization == "pair":
         per_sequence = predictions.sum_by_sequence(in_nll).clamp(min=1)
-        return in_nll / (per_sequence[predictions.sequences] * totals.num_pairs)
-    return in_nll / totals.nll_tokens
+        return weighted / (per_sequence[predictions.sequences] * totals.num_rows)
+    return weighted / totals.nll_tokens
 
 
-def pair_loss(pairs: PairLogps, *, options: ORPOOptions, num_pairs: Tensor | float) -> Tensor:
-    """The odds-ratio term and the selected plugin terms, summed over pairs and divided by `num_pairs`."""
-    per_pair = odds_ratio_loss(pairs, beta=options.beta, odds_temperature=options.odds_temperature)
+def pair_loss(pairs: PairLogps, *, options: ORPOOptions, predictions: Predictions, totals: Denominators) -> Tensor:
+    """The odds-ratio term and the selected plugin terms, summed over pairs by weight and divided by `num_pairs`."""
+    margins = predictions.pair_margins()
+    paired = pairs.rejected_lengths > 0
+    pairs = stand_ins(pairs, paired)
+    per_pair = odds_ratio_loss(
+        pairs,
+        beta=options.beta,
+        odds_temperature=options.odds_temperature,
+        margins=0.0 if margins is None else margins,
+    )
     for name, weight in options.loss_terms.items():
         per_pair = per_pair + weight * plugins.loss_term(name).compute(pairs)
-    return per_pair.sum() / num_pairs
+    return (per_pair * paired * predictions.pair_weights()).sum() / totals.num_pairs
+
+
+def stand_ins(pairs: PairLogps, paired: Tensor) -> PairLogps:
+    """`pairs` with any number at all in place of pairs that have no rejected answer.
+
+    What a term makes of them is thrown away, but its gradient must not be NaN, nor reach the chosen answer.
+    """
+    return PairLogps(
+        chosen=torch.where(paired, pairs.chosen, -1.0),
+        rejected=torch.where(paired, pairs.rejected, -1.0),
+        chosen_lengths=pairs.chosen_lengths.clamp(min=1),
+        rejected_lengths=pairs.rejected_lengths.clamp(min=1),
+    )
 
 
 Run = tuple[HeadResult, Any, Tensor | None]
@@ -293,7 +339,7 @@ def _by_side_lines(means: Tensor, predictions: Predictions) -> Tensor:
     """[2]: the same over the lines of the table, for layouts without padding."""
     rejected = (predictions.sequences >= predictions.num_pairs).float()
     sides = torch.stack([1.0 - rejected, rejected])
-    return (sides @ means) / sides.sum(1)
+    return (sides @ means) / sides.sum(1).clamp(min=1)
 
 
 def describe(
@@ -301,12 +347,14 @@ def describe(
 ) -> ORPOOutput:
     """The figures of a head's result."""
     chosen, rejected = result.logps.view(2, -1)
+    lengths, margins = predictions.answer_lengths().view(2, -1), predictions.pair_margins()
+    rejected = torch.where(lengths[1] > 0, rejected, torch.nan)
     odds = log_odds(chosen, rejected)
-    lengths = predictions.answer_lengths().view(2, -1)
     figures = {
         "chosen_lengths": lengths[0],
         "rejected_lengths": lengths[1],
-        "nll_tokens": predictions.in_nll.sum(),
+        "weights": predictions.pair_weights(),
+        "nll_tokens": counts_of(predictions)[0],
     }
     if logit_means is not None:
         figures |= {"chosen_logits": logit_means[0], "rejected_logits": logit_means[1]}
@@ -316,7 +364,7 @@ def describe(
         chosen_logps=chosen,
         rejected_logps=rejected,
         log_odds_chosen=odds,
-        log_odds_ratio=torch.nn.functional.logsigmoid(options.odds_temperature * odds),
+        log_odds_ratio=F.logsigmoid(options.odds_temperature * odds - (0.0 if margins is None else margins)),
         figures=figures,
     )
 
@@ -324,12 +372,12 @@ def describe(
 def add_router_loss(
     output: ORPOOutput, outputs: Any, model: nn.Module, predictions: Predictions, totals: Denominators
 ) -> ORPOOutput:
-    """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's pairs."""
+    """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's rows."""
     config = config_of(model)
     aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
     if aux_loss is None or not getattr(config, "output_router_logits", False):
         return output
-    weight = getattr(config, "router_aux_loss_coef", 0.0) * (predictions.num_pairs / totals.num_pairs)
+    weight = getattr(config, "router_aux_loss_coef", 0.0) * (predictions.pair_weights().sum() / totals.num_rows)
     return replace(
         output, loss=output.loss + weight * aux_loss, figures={**output.figures, "aux_loss": aux_loss.detach()}
     )

@@ -63,6 +63,11 @@ class Pair:
 
     chosen: TokenSequence
     rejected: TokenSequence
+    """No tokens at all where a row has no rejected answer: it is trained with the NLL alone."""
+    weight: float = 1.0
+    """How many such pairs this one counts for, in both terms of the loss and in all figures."""
+    margin: float = 0.0
+    """What its log odds, times the temperature, have to exceed."""
 
 
 class LayoutFunction(Protocol):
@@ -73,7 +78,7 @@ class LayoutFunction(Protocol):
 
         All tensors, but for keywords of a layout's own that its attention function reads.
 
-        `labels` is the table of `Predictions`, pair by pair.  `shift_labels` [2B, L] holds the NLL's target
+        `labels` is the [N, 4] table of `Predictions`, pair by pair.  `shift_labels` [2B, L] holds the NLL's target
         tokens of each sequence and -100 elsewhere: a stock Trainer counts them for its token normalization,
         and its first dimension tells B without a device sync.
         """

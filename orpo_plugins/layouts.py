@@ -42,6 +42,7 @@ def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -
     width = max(len(sequence.input_ids) for sequence in sequences)
     input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
+    attention_mask[:, 0] = 1  # also where a rejected answer is not there: attention to nothing at all is NaN
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
         attention_mask[row, : len(sequence.input_ids)] = 1

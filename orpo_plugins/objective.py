@@ -28,13 +28,13 @@ class ORPOOutput:
     chosen_logps: Tensor
     """fp32 [B]: mean log-probability per answer token."""
     rejected_logps: Tensor
-    """fp32 [B]: the same for the rejected answers."""
+    """fp32 [B]: the same for the rejected answers; NaN for a row that has none, as in what follows from it."""
     log_odds_chosen: Tensor
     """fp32 [B]: log odds of the chosen over the rejected answer (TRL's metric of this name is its mean)."""
     log_odds_ratio: Tensor
-    """fp32 [B]: log sigmoid(odds_temperature * log_odds_chosen)."""
+    """fp32 [B]: log sigmoid(odds_temperature * log_odds_chosen - margin)."""
     figures: dict[str, Tensor] = field(default_factory=dict)
-    """Further detached figures: answer lengths, NLL tokens, logit means, a router's auxiliary loss."""
+    """Further detached figures: answer lengths, weights, NLL tokens, logit means, a router's auxiliary loss."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,9 +79,12 @@ def log_odds(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     return (chosen_logps - rejected_logps) - (log1mexp(chosen_logps) - log1mexp(rejected_logps))
 
 
-def odds_ratio_loss(pairs: PairLogps, *, beta: float, odds_temperature: float) -> Tensor:
-    """[B]: -beta * log sigmoid(odds_temperature * log_odds), the term that ORPO adds to the NLL."""
-    return -beta * F.logsigmoid(odds_temperature * log_odds(pairs.chosen, pairs.rejected))
+def odds_ratio_loss(pairs: PairLogps, *, beta: float, odds_temperature: float, margins: Tensor | float = 0.0) -> Tensor:
+    """[B]: -beta * log sigmoid(odds_temperature * log_odds - margins), the term that ORPO adds to the NLL.
+
+    `margins` [B] (0 in the paper) is what each pair's log odds have to exceed, as in TRL's reward trainer.
+    """
+    return -beta * F.logsigmoid(odds_temperature * log_odds(pairs.chosen, pairs.rejected) - margins)
 
 
 def orpo_loss(

@@ -6,9 +6,13 @@ this table.  It is the one interface between layouts and kernels.
 In a batch the table travels as a single `labels` tensor of shape [N, 4], int64, one line per
 prediction: (row of the flattened hidden states, token, sequence, terms).  `terms` is a bit set:
 `IN_ANSWER` counts in the sequence's mean log-probability, `IN_NLL` counts in the NLL.  Sequences
-0..B-1 are the chosen answers and B..2B-1 the rejected ones.
+0..B-1 are the chosen answers and B..2B-1 the rejected ones.  A pair without a rejected answer has no line for it.
+
+Where pairs have weights or margins of their own the table is [N, 5]: behind every line stand those of its pair, two
+fp32 numbers in the bits of one int64, so that they go wherever the labels go.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +23,12 @@ from orpo_plugins.errors import BatchError
 IN_ANSWER = 1
 IN_NLL = 2
 IGNORE_INDEX = -100
+
+
+def with_weights(table: Tensor, weights: Sequence[float], margins: Sequence[float]) -> Tensor:
+    """The [N, 5] table that adds each pair's weight and margin ([B] numbers) to a [N, 4] one."""
+    numbers = torch.tensor(list(zip(weights, margins, strict=True)), dtype=torch.float32).view(torch.int64)
+    return torch.cat([table, numbers[table[:, 2] % len(weights)]], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,17 +46,24 @@ class Predictions:
     in_nll: Tensor
     """bool: counts in the NLL."""
     num_pairs: int
-    """B, known on the host so that nothing has to wait for the device."""
+    """B, known on the host so that nothing has to wait for the device; pairs without a rejected answer count."""
+    weights: Tensor | None = None
+    """fp32: the weight of the line's pair; None: 1 for all."""
+    margins: Tensor | None = None
+    """fp32: the margin of the line's pair; None: 0 for all."""
 
     @classmethod
     def from_table(cls, table: Tensor, num_pairs: int) -> "Predictions":
         """Unpacks a [N, 4] `labels` tensor (see the module's docstring)."""
-        if table.ndim != 2 or table.shape[1] != 4:
+        if table.ndim != 2 or table.shape[1] not in (4, 5):
             raise BatchError(
                 f"expected the [N, 4] labels that ORPOCollator makes, got a tensor of shape {tuple(table.shape)}: "
                 "use ORPOCollator as the data collator"
             )
-        rows, tokens, sequences, terms = table.unbind(1)
+        rows, tokens, sequences, terms = table[:, :4].unbind(1)
+        weights, margins = None, None
+        if table.shape[1] == 5:
+            weights, margins = table[:, 4:].contiguous().view(torch.float32).unbind(1)
         return cls(
             rows=rows,
             tokens=tokens,
@@ -54,6 +71,8 @@ class Predictions:
             in_answer=(terms & IN_ANSWER) != 0,
             in_nll=(terms & IN_NLL) != 0,
             num_pairs=num_pairs,
+            weights=weights,
+            margins=margins,
         )
 
     @classmethod
@@ -90,8 +109,23 @@ class Predictions:
         )
 
     def answer_lengths(self) -> Tensor:
-        """fp32 [2B]: answer tokens of each sequence."""
+        """fp32 [2B]: answer tokens of each sequence; 0 for a rejected answer that is not there."""
         return self.sum_by_sequence(self.in_answer.float())
+
+    def pair_weights(self) -> Tensor:
+        """fp32 [B]: the weight of each pair."""
+        ones = self.in_answer.new_ones(self.num_pairs, dtype=torch.float32)
+        return ones if self.weights is None else self._of_pairs(self.weights)
+
+    def pair_margins(self) -> Tensor | None:
+        """fp32 [B]: the margin of each pair; None where none has one."""
+        return None if self.margins is None else self._of_pairs(self.margins)
+
+    def _of_pairs(self, values: Tensor) -> Tensor:
+        """[B], from values [N] that are the same on all lines of a pair."""
+        index = torch.arange(self.num_pairs, device=values.device)
+        # Any line of the chosen sequence, which every pair has.
+        return values[(self.sequences[None, :] == index[:, None]).int().argmax(1)]
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[2B] sums of `values` [N] over the lines of each sequence, deterministic on every device."""

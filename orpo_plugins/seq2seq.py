@@ -42,7 +42,10 @@ def layouts() -> list[Layout]:
 def collate_seq2seq(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Tensor]:
     """[2B, P] prompts and [2B, A] answers; see `LayoutFunction` for the other keys."""
     del nll_over  # the decoder predicts answers alone
-    parts = [split(sequence) for sequence in (*(p.chosen for p in pairs), *(p.rejected for p in pairs))]
+    chosen = [split(pair.chosen) for pair in pairs]
+    # Where a rejected answer is not there, the encoder reads the chosen one's prompt: attention to nothing is NaN.
+    rejected = [split(p.rejected) if p.rejected.input_ids else (chosen[i][0], [], []) for i, p in enumerate(pairs)]
+    parts = chosen + rejected
     answers = [answer for _, answer, _ in parts]
     width = max(map(len, answers))
     lines = [

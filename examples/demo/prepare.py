@@ -7,10 +7,11 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
@@ -53,7 +54,7 @@ def train_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>")
 
 
-def small_llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> Any:
     """Four layers of width 128, seeded."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -69,8 +70,7 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+    return AutoModelForCausalLM.from_config(config)
 
 
 if __name__ == "__main__":

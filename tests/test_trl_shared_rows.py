@@ -1,0 +1,73 @@
+"""Real preference data: every row that teaches something is trained on, through the trainer and through the command.
+
+The files are not part of the repository: ORPO_SHARED_DATA names their folder, by default ../shared/data.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from datasets import load_dataset
+from training import logged, trainer
+
+FOLDER = Path(os.environ.get("ORPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+FILES = {"dpo_en_demo.json": 300, "politeness.json": 1100}
+
+
+def path(name: str) -> Path:
+    if not (FOLDER / name).exists():
+        pytest.skip(f"{name} is not in {FOLDER}: set ORPO_SHARED_DATA to the folder that holds it")
+    return FOLDER / name
+
+
+def small_model() -> Any:
+    return tiny.model(num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(("name", "count"), FILES.items())
+def test_every_row_goes_through_the_trainer(name: str, count: int, tmp_path: Path) -> None:
+    rows = load_dataset("json", data_files=str(path(name)), split="train")
+    made = trainer(
+        tmp_path,
+        model=small_model(),
+        rows=rows,
+        max_steps=-1,
+        num_train_epochs=1,
+        per_device_train_batch_size=20,
+        learning_rate=0.5,
+        max_length=256,
+    )
+    made.train()
+    assert len(rows) == count
+    assert len(made.train_dataset) == sum(row["chosen"] != row["rejected"] for row in rows)  # six are equal
+    assert made.state.global_step == count // 20
+    losses = logged(made, "loss")
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize(("name", "count"), FILES.items())
+def test_every_row_goes_through_the_command(name: str, count: int, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from orpo_plugins.integrations.trl_script import main
+
+    small_model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    options = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": path(name),
+        "output_dir": tmp_path / "out",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 20,
+        "max_length": 256,
+        "dtype": "float32",
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 5,
+    }
+    main(["orpo", *(text for name, value in options.items() for text in (f"--{name}", str(value)))])
+    assert (tmp_path / "out" / f"checkpoint-{count // 20}").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -16,13 +16,15 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orpo_plugins.errors import ModelError
 from orpo_plugins.head import unwrap_model
@@ -35,13 +37,11 @@ REPLACEABLE = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash
 NOT_UNDERSTOOD = ("position_bias", "indices", "block_indices", "sinks")
 """Keywords by which layers change their scores in ways that no span attention here computes."""
 
-_masks_off: ContextVar[bool] = ContextVar("orpo_masks_off", default=False)
+_masks_off = False  # a plain global, since torch.compile can guard on one and cannot read a ContextVar
 
 
 def prepare(model: nn.Module) -> None:
     """Puts the span attention in front of the attention implementation of `model` and of all its submodules."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     for config in configs(model):
         original = config._attn_implementation
         if original not in REPLACEABLE:
@@ -68,20 +68,19 @@ def configs(model: nn.Module) -> list[Any]:
 @contextmanager
 def without_masks(model: nn.Module) -> Iterator[None]:
     """While entered, `model` builds no attention masks: spans say all that these would.  Prepares it where needed."""
+    global _masks_off
     if not is_prepared(model):
         prepare(model)
-    token = _masks_off.set(True)
+    before, _masks_off = _masks_off, True
     try:
         yield
     finally:
-        _masks_off.reset(token)
+        _masks_off = before
 
 
 def mask(*args: Any, original: str, **kwargs: Any) -> Any:
     """The mask that the replaced implementation would get, or None inside `without_masks`."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    return None if _masks_off.get() else ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
+    return None if _masks_off else ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 
 
 def span_attention(
@@ -97,17 +96,19 @@ def span_attention(
     """What a layer calls: [1, heads, S, d] queries, keys and values in, [1, S, heads, d] out."""
     spans = kwargs.pop(SPANS, None)
     if spans is None:
-        if _masks_off.get():
+        if _masks_off:
             raise ModelError(
                 f"{type(module).__name__} was not given the keyword {SPANS!r} that its model was called with: some "
                 "layer does not pass keywords on. Use layout='padded'"
             )
         return _replaced(module, original)(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is not None and _masks_off.get():
+    if attention_mask is not None and _masks_off:
         raise ModelError(f"{type(module).__name__} makes an attention mask of its own: use layout='padded'")
     return attend(query, key, value, spans, **_options(module, kwargs)), None
 
 
+# Lengths differ in every batch: one graph break per layer instead of compiling for each of them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     query: Tensor,
     key: Tensor,
@@ -145,7 +146,7 @@ def attend(
         return _attend_varlen(varlen, query, key, value, spans, _Settings(scale=scale, dropout=dropout, window=window))
     # Split rather than sliced: the gradient of a slice is a row of zeros to be filled and added, for every span.
     lengths = [span.length for span in spans.spans]
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
     index = {span.start: number for number, span in enumerate(spans.spans)}
     parts = []
     for number, span in enumerate(spans.spans):
@@ -188,8 +189,6 @@ def _options(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replaced(module: nn.Module, original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if original == "eager":
         # Each model file has its own, under this name.
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 SPANS = (Span(0, 9, 0, 0), Span(9, 5, 0, 4), Span(14, 1, 0, 0), Span(15, 6, 14, 1), Span(21, 3, 0, 0))
 VOCABULARY = 61
+LAYOUTS = ("padded", "packed", "shared")
 
 
 def random_pairs(lengths=((9, 5, 8), (2, 12, 1), (14, 4, 6))):
@@ -325,3 +326,30 @@ def test_other_modules_are_refused():
     assert layout_support.unsupported(torch.nn.Linear(2, 2)) == (
         "Linear is no transformers model, whose attention function could be replaced"
     )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
+def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    made = model(num_hidden_layers=1)
+    layout = plugins.layout("shared")
+    layout.prepare(made)
+    compiled = torch.compile(made, backend="eager")
+    frames = []
+    for changed in range(4):
+        batch = layout.collate(random_pairs(((9 + changed, 5, 8), (2, 12, 3))), pad_token_id=0, nll_over="sequence")
+        loss, expected = (orpo_forward(one, batch, kernel="reference").loss for one in (compiled, made))
+        assert_within(loss, expected, 1e-6)
+        frames.append(counters["frames"]["total"])
+    assert frames[1] == frames[-1]
+
+
+def test_a_routers_auxiliary_loss_is_that_of_padded_when_packed_and_near_it_when_shared():
+    """*shared* counts a prompt's tokens once: documented, with this size of difference."""
+    made = model("Mixtral", num_local_experts=4, output_router_logits=True).eval()
+    batches = {n: plugins.layout(n).collate(random_pairs(), pad_token_id=0, nll_over="sequence") for n in LAYOUTS}
+    found = {name: orpo_forward(made, batch).figures["aux_loss"] for name, batch in batches.items()}
+    assert_within(found["packed"], found["padded"], 1e-6)
+    assert_within(found["shared"], found["padded"], 1e-2)

@@ -479,7 +479,7 @@ class _Head:
         share = here.others if target_slope is None else here.others * target_slope[lines]
         targets = self.weight[self.tokens[lines]].to(self.wide).mul_(share[:, None])
         total = here.others + torch.exp2(target[lines] - here.reference)
-        torch.sub(targets, rows, out=rows).div_(total[:, None])
+        rows.neg_().add_(targets).div_(total[:, None])
 
     def _finish(
         self,
@@ -521,8 +521,9 @@ class _Head:
         """d weight [V, H] and d bias [V], each block written once; uses up `scan.kept.tiles`."""
         if not need_weight and not need_bias:
             return None, None
-        d_weight = torch.empty_like(self.weight) if need_weight else None
-        d_bias = torch.empty_like(self.weight[:, 0]) if need_bias else None
+        blank = torch.empty_like if len(self.hidden) else torch.zeros_like
+        d_weight = blank(self.weight) if need_weight else None
+        d_bias = blank(self.weight[:, 0]) if need_bias else None
         coefficients = (w * -self.transform.derivative).div_(scan.total)
         at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
         if scan.kept.columns:

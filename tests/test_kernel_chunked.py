@@ -122,6 +122,13 @@ def test_only_what_requires_a_gradient_gets_one(needs):
     assert_all_within(gradients, {name: expected[1][name] for name in needs}, FP32)
 
 
+def test_a_weight_may_lie_transposed_in_memory():
+    case = make_case(vocabulary=600)
+    case.weight.set_(case.weight.T.contiguous().T)
+    assert not case.weight.is_contiguous()
+    assert_same(run_case(case, kernel="chunked"), in_float64(case), 4 * FP32)
+
+
 def test_no_gradient_is_computed_under_no_grad():
     case = make_case()
     with torch.no_grad():

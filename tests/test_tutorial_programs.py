@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -160,13 +161,20 @@ def test_the_merged_model_has_the_adapter_models_log_probabilities(llama3: tuple
 # ---- the course page
 
 
-def test_the_course_page(tmp_path: Path) -> None:
+def test_the_course_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tutorials.PROGRAMS / "course_page.py"
     model = tutorials.chat_model(tmp_path / "model")
-    said = tutorials.run(tmp_path, str(tutorials.PROGRAMS / "course_page.py"), model, "out", "3")
-    assert said.count("orpo_alpha is now beta: beta=1.0 is used") == 1
-    assert said.count("orpo_beta is now odds_temperature: odds_temperature=0.1 is used") == 1
-    saved = torch.load(tmp_path / "out" / "checkpoint-3" / "training_args.bin", weights_only=False)
-    assert (saved.beta, saved.odds_temperature) == (1.0, 0.1)
+    monkeypatch.setattr("sys.argv", [str(program), model, str(tmp_path / "out"), "3"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = runpy.run_path(str(program))["trainer"]
+    told = [str(warning.message) for warning in said if "orpo_" in str(warning.message)]
+    assert told == [
+        "orpo_alpha is now beta: beta=1.0 is used",
+        "orpo_beta is now odds_temperature: odds_temperature=0.1 is used",
+    ]
+    assert (run.orpo_options.beta, run.orpo_options.odds_temperature) == (1.0, 0.1)
+    assert run.state.global_step == 3
 
 
 # ---- all of them

@@ -271,6 +271,17 @@ def test_a_prepared_model_answers_others_as_before(implementation):
             assert torch.equal(call(), one)
 
 
+def test_an_eager_layer_whose_class_was_replaced_by_a_subclass_is_still_found():
+    made = model("Llama", "eager").eval()
+    inputs = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = made(inputs).logits
+        attention.prepare(made)
+        for layer in made.model.layers:  # as fully_shard does it
+            layer.self_attn.__class__ = type("Sharded", (type(layer.self_attn),), {"__module__": __name__})
+        assert torch.equal(made(inputs).logits, expected)
+
+
 def test_preparing_twice_changes_nothing_and_nothing_of_it_is_saved(tmp_path):
     made = model()
     attention.prepare(made)

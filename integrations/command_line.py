@@ -109,7 +109,7 @@ def print_info() -> None:
     print("layouts\n  " + ", ".join(layout.name for layout in plugins.layouts()))
     print("row formats")
     for row_format in plugins.row_formats():
-        print(f"  {row_format.name:13} {row_format.columns}")
+        print(f"  {row_format.name:31} {row_format.columns}")
     print("methods")
     for framework in ("transformers", "trl", "axolotl"):
         for method in plugins.methods(framework):

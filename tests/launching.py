@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[1]
 def environment() -> dict[str, str]:
     """This process's environment, offline, one thread, with the package importable."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def run_worker(script: str, runs: list[dict[str, Any]], output: Path, *, ranks: int) -> list[Any]:

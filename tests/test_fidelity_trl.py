@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from helpers import assert_all_within, assert_within, relative_difference
+from helpers import assert_all_within
 from transformers import PreTrainedModel, TrainerCallback
 
 from orpo_plugins import ORPOConfig, ORPOTrainer
@@ -35,7 +35,12 @@ class Record(TrainerCallback):
 
 
 def run(
-    trainer_class: Any, config_class: Any, model: PreTrainedModel, rows: list[dict[str, Any]], folder: Path, **options: Any
+    trainer_class: Any,
+    config_class: Any,
+    model: PreTrainedModel,
+    rows: list[dict[str, Any]],
+    folder: Path,
+    **options: Any,
 ) -> tuple[Record, list[dict[str, float]], dict[str, float]]:
     """(gradients per step, training logs, evaluation metrics) of three SGD steps."""
     arguments: dict[str, Any] = {

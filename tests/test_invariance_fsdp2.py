@@ -30,9 +30,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
     return dict(zip(runs, results, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["untied, 4 x 2", "untied, 1 x 8", "untied, reference", "tied, 4 x 2", "tied, 1 x 8"]
-)
+@pytest.mark.parametrize("name", ["untied, 4 x 2", "untied, 1 x 8", "untied, reference", "tied, 4 x 2", "tied, 1 x 8"])
 def test_sharded_steps_equal_those_of_one_process(
     name: str, one_process: dict[str, dict[str, torch.Tensor]], sharded: dict[str, dict[str, torch.Tensor]]
 ) -> None:

@@ -13,7 +13,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = ("refund", "order", "parcel", "invoice", "gladly", "sorry", "today", "please", "later", "never", "number", "desk")
+WORDS = ("refund", "order", "parcel", "invoice", "gladly", "sorry", "today", "please", "later", "never", "desk", "call")
 
 
 def tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:

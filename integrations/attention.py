@@ -188,11 +188,16 @@ def _options(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replaced(module: nn.Module, original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+Replaced = Callable[..., tuple[Tensor, Tensor | None]]
+"""An attention function of transformers."""
+
+
+def _replaced(module: nn.Module, original: str) -> Replaced:
     if original == "eager":
         # Each model file has its own, under this name; a wrapper's subclass (FSDP2) lives in another file.
         files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-        return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+        found: Replaced = next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))
+        return found
     return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
 
 

@@ -239,6 +239,18 @@ def test_lora():
     assert_equal_to_padded(made)
 
 
+def test_qlora(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    model(hidden_size=64).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    made = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit, dtype=torch.float32)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    assert_equal_to_padded(get_peft_model(prepare_model_for_kbit_training(made), adapter))
+
+
 def test_prompt_learning_is_refused():
     from peft import PromptTuningConfig, TaskType, get_peft_model
 

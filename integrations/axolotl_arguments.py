@@ -49,6 +49,9 @@ class ORPOInputArgs(BaseModel):
     orpo_truncation_mode: str | None = Field(
         default=None, description="Which part of a prompt that is too long stays: keep_end or keep_start."
     )
+    orpo_sft_rows: bool | None = Field(
+        default=None, description="Whether rows may have no rejected answer; they are trained with the NLL alone."
+    )
     orpo_columns: dict[str, list[dict[str, str]]] | None = Field(
         default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users."
     )

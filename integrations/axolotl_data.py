@@ -166,6 +166,7 @@ _KEYS_IN_CACHE = (
     "orpo_columns",
     "orpo_max_completion_length",
     "orpo_max_prompt_length",
+    "orpo_sft_rows",
     "orpo_truncation_mode",
     "seed",
     "shuffle_merged_datasets",
@@ -266,6 +267,7 @@ def pair_options(cfg: Any, *, truncate: bool) -> Any:
         max_prompt_length=cfg.orpo_max_prompt_length,
         max_completion_length=cfg.orpo_max_completion_length,
         truncation_mode=cfg.orpo_truncation_mode or "keep_end",
+        sft_rows=bool(cfg.orpo_sft_rows),
     )
 
 

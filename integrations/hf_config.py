@@ -30,6 +30,10 @@ class ORPOOwnFields:
     truncation_mode: str = field(
         default="keep_end", metadata={"help": "Which part of a prompt that is too long stays: keep_end or keep_start."}
     )
+    sft_rows: bool = field(
+        default=False,
+        metadata={"help": "Whether rows may have no rejected answer; such rows are trained with the NLL alone."},
+    )
     odds_temperature: float = field(
         default=1.0, metadata={"help": "Multiplies the log odds ratio inside the sigmoid. Alias: orpo_beta."}
     )

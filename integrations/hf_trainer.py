@@ -247,6 +247,7 @@ def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOpti
         max_completion_length=args.max_completion_length,
         truncation_mode=args.truncation_mode,
         encoder_decoder=encoder_decoder,
+        sft_rows=args.sft_rows,
     )
 
 
@@ -269,6 +270,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
         layout=layout,
         nll_over=args.nll_over,
         padding_value=args.padding_value,
+        sft_rows=args.sft_rows,
     )
 
 

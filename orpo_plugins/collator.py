@@ -15,6 +15,7 @@ from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.forward import NLL_OVER
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.pairs import BuiltPair, PairOptions
+from orpo_plugins.predictions import with_weights
 from orpo_plugins.preparation import RowTokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,11 @@ class ORPOCollator:
         nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
         padding_value: token id to pad with; default: the tokenizer's pad token.
         pad_to_multiple_of: rounds the width of *padded* batches up.
+        sft_rows: whether a row may have no rejected answer (see `PairOptions`).
 
     Returns (when called on a list of rows):
         What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
-        `labels` [N, 4] (see `predictions.py`) and `shift_labels` [2B, L], all int64.
+        `labels` [N, 4] (see `predictions.py`; [N, 5] with weights or margins) and `shift_labels` [2B, L], all int64.
 
     Raises:
         ConfigError: an unknown option, or a tokenizer without EOS, or without a chat template for conversations.
@@ -57,6 +59,7 @@ class ORPOCollator:
         nll_over: str = "sequence",
         pad_to_multiple_of: int | None = None,
         padding_value: int | None = None,
+        sft_rows: bool = False,
     ) -> None:
         self.layout = plugins.layout("padded" if layout == "auto" else layout)
         options = PairOptions(
@@ -65,6 +68,7 @@ class ORPOCollator:
             max_completion_length=max_completion_length,
             truncation_mode=truncation_mode,
             encoder_decoder=self.layout.encoder_decoder,
+            sft_rows=sft_rows,
         )
         if nll_over not in NLL_OVER:
             raise ConfigError(f"unknown nll_over {nll_over!r}; known: {', '.join(NLL_OVER)}")
@@ -86,6 +90,9 @@ class ORPOCollator:
             raise BatchError("the batch has no rows")
         pairs = self.pairs(rows)
         batch = self.layout.collate(pairs, pad_token_id=self.pad_token_id, nll_over=self.nll_over)
+        weights, margins = [pair.weight for pair in pairs], [pair.margin for pair in pairs]
+        if any(weight != 1 for weight in weights) or any(margins):
+            batch["labels"] = with_weights(batch["labels"], weights, margins)
         return self._widened(batch) if self.pad_to_multiple_of else batch
 
     def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:

@@ -26,8 +26,8 @@ class Preference:
     """What both answers follow; with messages, everything before the first message in which they differ."""
     chosen: str | list[Message]
     """The preferred continuation of the prompt."""
-    rejected: str | list[Message]
-    """The other continuation."""
+    rejected: str | list[Message] | None
+    """The other continuation; None where there is none (see `PairOptions.sft_rows`)."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Passed on to the chat template: `tools`, `chat_template_kwargs`."""
     plain: "Preference | None" = None

@@ -47,6 +47,8 @@ class PairOptions:
     """Which end of a prompt that is too long stays, "keep_end" or "keep_start".  BOS stays in both."""
     encoder_decoder: bool = False
     """Whether an encoder reads the prompts (see `seq2seq.py`)."""
+    sft_rows: bool = False
+    """Whether a row may have no rejected answer: such rows are trained with the NLL alone."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -73,6 +75,21 @@ class BuiltPair:
     rejected_truncated: bool = False
     repaired: bool = False
     """The answers held the whole conversation beside a raw prompt, which was left out."""
+
+    @property
+    def sft_only(self) -> bool:
+        """There is no rejected answer."""
+        return not self.pair.rejected.input_ids
+
+    @property
+    def weighted(self) -> bool:
+        """The row has a weight other than 1."""
+        return self.pair.weight != 1
+
+    @property
+    def with_margin(self) -> bool:
+        """The row has a margin other than 0."""
+        return self.pair.margin != 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +141,12 @@ class PairBuilder:
             return Dropped(reason="empty prompt")
         if texts.chosen == texts.rejected:
             return Dropped(reason="chosen equals rejected")
-        chosen, rejected = self._tokens(texts)
-        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        answers = self._tokens(texts)[: 1 if preference.rejected is None else 2]
+        for name, answer in zip(("chosen", "rejected"), answers, strict=False):
             if not self._special_ids.issuperset(answer.labels):
                 continue
             return Dropped(reason=f"the {name} answer is empty after tokenization")
-        return self.fit(self._close(chosen), self._close(rejected), repaired=texts.repaired)
+        return self.fit(*map(self._close, answers), repaired=texts.repaired)
 
     # ---- tokens
 
@@ -174,11 +191,10 @@ class PairBuilder:
 
     # ---- length
 
-    def fit(self, chosen: Answer, rejected: Answer, *, repaired: bool = False) -> BuiltPair | Dropped:
-        """Cuts a pair to the options' lengths (see `PairOptions`)."""
+    def fit(self, *whole: Answer, repaired: bool = False) -> BuiltPair | Dropped:
+        """Cuts a chosen and a rejected answer, or a chosen one alone, to the options' lengths (see `PairOptions`)."""
         options = self.options
         limit = options.max_completion_length
-        whole = (chosen, rejected)
         cut = [answer._replace(ids=answer.ids[:limit], labels=answer.labels[:limit]) for answer in whole]
         room = self._prompt_room(cut)
         prompts = self._cut_prompts([answer.prompt for answer in cut], room)
@@ -186,18 +202,10 @@ class PairBuilder:
         for i, (answer, prompt) in enumerate(zip(cut, prompts, strict=True)):
             left = None if options.max_length is None else max(0, options.max_length - len(prompt))
             cut[i] = Answer(prompt, answer.ids[:left], answer.labels[:left])
-        for name, answer in zip(("chosen", "rejected"), cut, strict=True):
+        for name, answer in zip(("chosen", "rejected"), cut, strict=False):
             if self._special_ids.issuperset(answer.labels):
                 return Dropped(reason=f"no room is left for the {name} answer")
-        if cut[0].prompt + cut[0].ids == cut[1].prompt + cut[1].ids:
-            return Dropped(reason="chosen equals rejected after truncation")
-        return BuiltPair(
-            pair=Pair(chosen=token_sequence(cut[0]), rejected=token_sequence(cut[1])),
-            prompt_truncated=prompt_truncated,
-            chosen_truncated=len(cut[0].ids) < len(chosen.ids),
-            rejected_truncated=len(cut[1].ids) < len(rejected.ids),
-            repaired=repaired,
-        )
+        return built_pair(whole, cut, prompt_truncated=prompt_truncated, repaired=repaired)
 
     def _prompt_room(self, answers: Sequence[Answer]) -> int:
         """The tokens that the longer prompt may keep."""
@@ -219,6 +227,25 @@ class PairBuilder:
         if bos is not None and all(prompt[:1] == [bos] for prompt in prompts):
             return [[bos, *prompt[1 + excess :]] for prompt in prompts]
         return [prompt[excess:] for prompt in prompts]
+
+
+def built_pair(
+    whole: Sequence[Answer], cut: Sequence[Answer], *, prompt_truncated: bool, repaired: bool
+) -> BuiltPair | Dropped:
+    """The pair of answers that were cut to their lengths; of the chosen one alone, a pair without a rejected one."""
+    sequences = [token_sequence(answer) for answer in cut]
+    if len(cut) == 1:
+        sequences.append(TokenSequence(input_ids=[], labels=[]))
+    elif sequences[0].input_ids == sequences[1].input_ids:
+        return Dropped(reason="chosen equals rejected after truncation")
+    shorter = [len(new.ids) < len(old.ids) for new, old in zip(cut, whole, strict=True)]
+    return BuiltPair(
+        pair=Pair(chosen=sequences[0], rejected=sequences[1]),
+        prompt_truncated=prompt_truncated,
+        chosen_truncated=shorter[0],
+        rejected_truncated=shorter[-1] and len(cut) == 2,
+        repaired=repaired,
+    )
 
 
 def boundary(beginning: list[int], ids: list[int]) -> int:

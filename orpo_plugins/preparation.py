@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,18 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """The columns of a tokenized row: ids, and labels that are -100 on the prompt."""
 
-_FLAGS = ("prompt_truncated", "chosen_truncated", "rejected_truncated", "repaired")
+NUMBERS = {"weight": 1.0, "margin": 0.0}
+"""Optional columns of raw and tokenized rows (see `Pair`), with what a row without them has."""
+
+_FLAGS = (
+    "prompt_truncated",
+    "chosen_truncated",
+    "rejected_truncated",
+    "repaired",
+    "sft_only",
+    "weighted",
+    "with_margin",
+)
 _ENDLESS = 1000
 """So many unusable rows at the start of a stream, and not one usable, are taken for a mistake."""
 
@@ -55,6 +67,12 @@ class PreparationReport:
     """Row numbers, from 0, by reason."""
     repaired: list[int] = field(default_factory=list)
     """Row numbers of pairs whose answers held the whole conversation beside a raw prompt."""
+    sft_only: int = 0
+    """Rows without a rejected answer, trained with the NLL alone."""
+    weighted: int = 0
+    """Rows with a weight other than 1."""
+    with_margin: int = 0
+    """Rows with a margin other than 0."""
 
     def add(self, index: int, dropped: str, flags: Mapping[str, bool]) -> None:
         """Counts one row: the reason why it was dropped (empty where it was kept), and the flags of `BuiltPair`."""
@@ -66,6 +84,9 @@ class PreparationReport:
         self.prompt_truncated += flags["prompt_truncated"]
         self.chosen_truncated += flags["chosen_truncated"]
         self.rejected_truncated += flags["rejected_truncated"]
+        self.sft_only += flags["sft_only"]
+        self.weighted += flags["weighted"]
+        self.with_margin += flags["with_margin"]
         if flags["repaired"]:
             self.repaired.append(index)
 
@@ -74,9 +95,9 @@ class PreparationReport:
         self.__init__(name=self.name)  # type: ignore[misc]  # the fields' defaults are written once, above
 
     def all_whole(self) -> bool:
-        """Whether every row was kept as it is."""
+        """Whether every row was kept as it is, and counts as every other."""
         truncated = self.prompt_truncated + self.chosen_truncated + self.rejected_truncated
-        return not (self.dropped or self.repaired or truncated)
+        return not (self.dropped or self.repaired or truncated or self.weighted or self.with_margin)
 
     def summary(self) -> str:
         """The report in words, one line per thing to know."""
@@ -85,6 +106,12 @@ class PreparationReport:
             lines.append(
                 f"truncated: {self.prompt_truncated} prompts, {self.chosen_truncated} chosen answers, "
                 f"{self.rejected_truncated} rejected answers"
+            )
+        if self.sft_only:
+            lines.append(f"no rejected answer, trained with the NLL alone: {self.sft_only} rows")
+        if self.weighted or self.with_margin:
+            lines.append(
+                f"columns 'weight' and 'margin': {self.weighted} rows with a weight, {self.with_margin} with a margin"
             )
         if self.repaired:
             lines.append(
@@ -104,14 +131,23 @@ class RowTokenizer:
     def __call__(self, row: Mapping[str, Any], index: int | str) -> BuiltPair | Dropped:
         """Raises `RowError` with the row's number for a malformed row."""
         tokenized = isinstance(row, Mapping) and set(COLUMNS) <= set(row)
-        preference = None if tokenized else parse_row(row, index)
+        preference = None if tokenized else parse_row(row, index, sft_rows=self.builder.options.sft_rows)
         try:
-            return self._from_tokens(row) if preference is None else self.builder(preference)
+            numbers = {name: _number(row, name) for name in NUMBERS}
+            if numbers["weight"] == 0:
+                return Dropped(reason="the weight is 0")
+            built = self._from_tokens(row) if preference is None else self.builder(preference)
         except RowError as error:
             raise RowError(f"row {index}: {error}") from error
+        if numbers == NUMBERS or isinstance(built, Dropped):
+            return built
+        pair = dataclasses.replace(built.pair, weight=numbers["weight"], margin=numbers["margin"])
+        return dataclasses.replace(built, pair=pair)
 
     def _from_tokens(self, row: Mapping[str, Any]) -> BuiltPair | Dropped:
         chosen, rejected = tokenized_answer(row, "chosen"), tokenized_answer(row, "rejected")
+        if self.builder.options.sft_rows and chosen.ids and not (rejected.prompt or rejected.ids):
+            return self.builder.fit(chosen)
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             if not answer.ids:
                 return Dropped(reason=f"the {name} answer is empty")
@@ -143,6 +179,22 @@ def tokenized_answer(row: Mapping[str, Any], name: str) -> Answer:
     return Answer(ids[:start], ids[start:], labels[start:])
 
 
+def _number(row: Mapping[str, Any], column: str) -> float:
+    """The value of a column of `NUMBERS`; its default where the row has none."""
+    value = row.get(column)
+    if value is None:
+        return NUMBERS[column]
+    value = value.item() if hasattr(value, "item") else value
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (column == "weight" and value < 0):
+        wanted = "a finite number >= 0" if column == "weight" else "a finite number"
+        raise RowError(
+            f"column {column!r} is {_start(value)}, expected {wanted}: it changes how much the row counts. Rename the "
+            "column if it means something else"
+        )
+    return float(value)
+
+
 def _integers(row: Mapping[str, Any], column: str) -> list[int]:
     value = row[column]
     if hasattr(value, "tolist"):
@@ -157,15 +209,25 @@ def _start(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def tokenized_row(built: BuiltPair) -> dict[str, Any]:
-    """The columns of a tokenized row, and `length`, the tokens of both sequences."""
+def tokenized_row(built: BuiltPair, numbers: Iterable[str] | None = None) -> dict[str, Any]:
+    """The columns of a tokenized row, and `length`, the tokens of both sequences.
+
+    With the columns of `NUMBERS` that are named, or by default those in which the row differs from others.
+    """
 
     def columns(name: str, sequence: TokenSequence) -> dict[str, list[int]]:
         return {f"{name}_input_ids": sequence.input_ids, f"{name}_labels": sequence.labels}
 
     pair = built.pair
     length = len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
-    return {**columns("chosen", pair.chosen), **columns("rejected", pair.rejected), "length": length}
+    if numbers is None:
+        numbers = [name for name, default in NUMBERS.items() if getattr(pair, name) != default]
+    return {
+        **columns("chosen", pair.chosen),
+        **columns("rejected", pair.rejected),
+        "length": length,
+        **{name: getattr(pair, name) for name in numbers},
+    }
 
 
 def prepare_dataset(
@@ -275,7 +337,9 @@ def _as_dataset(rows: list[dict[str, Any]]) -> Any:
         import datasets
     except ImportError:
         return rows
-    return datasets.Dataset.from_list(rows, features=_features())
+    numbers = [name for name in NUMBERS if any(name in row for row in rows)]
+    rows = [{**{name: NUMBERS[name] for name in numbers}, **row} for row in rows]
+    return datasets.Dataset.from_list(rows, features=_features(**dict.fromkeys(numbers, "float32")))
 
 
 def _features(**more: str) -> Any:
@@ -287,20 +351,25 @@ def _features(**more: str) -> Any:
     )
 
 
+def _numbers_of(columns: Iterable[str]) -> list[str]:
+    return [name for name in NUMBERS if name in columns]
+
+
 # ---- datasets.Dataset
 
 
 class _MapRows:
     """The function given to `Dataset.map`: every row yields a row, so that the cache holds the report too."""
 
-    def __init__(self, rows: RowTokenizer) -> None:
-        self.rows = rows
+    def __init__(self, rows: RowTokenizer, numbers: list[str]) -> None:
+        self.rows, self.numbers = rows, numbers
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         built = self.rows(row, index)
         if isinstance(built, Dropped):
-            return {**{c: [] for c in COLUMNS}, "length": 0, "dropped": built.reason, **dict.fromkeys(_FLAGS, False)}
-        return {**tokenized_row(built), "dropped": "", **_flags(built)}
+            nothing = {**{c: [] for c in COLUMNS}, "length": 0, **dict.fromkeys(self.numbers, 0.0)}
+            return {**nothing, "dropped": built.reason, **dict.fromkeys(_FLAGS, False)}
+        return {**tokenized_row(built, self.numbers), "dropped": "", **_flags(built)}
 
 
 def _prepare_mapped(dataset: Any, rows: RowTokenizer, report: PreparationReport, num_proc: int | None) -> Any:
@@ -308,11 +377,12 @@ def _prepare_mapped(dataset: Any, rows: RowTokenizer, report: PreparationReport,
         return dataset
     if dataset.format["type"] != "custom":  # a transform of the user's own makes the rows; tensors would not be texts
         dataset = dataset.with_format(None)
+    numbers = _numbers_of(dataset.column_names)
     mapped = dataset.map(
-        _MapRows(rows),
+        _MapRows(rows, numbers),
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_features(dropped="string", **dict.fromkeys(_FLAGS, "bool")),
+        features=_features(dropped="string", **dict.fromkeys(_FLAGS, "bool"), **dict.fromkeys(numbers, "float32")),
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         new_fingerprint=_fingerprint(dataset, rows),
         desc=f"Tokenizing {report.name}",
@@ -383,24 +453,25 @@ def _tokenizer_identity(tokenizer: Any) -> list[Any]:
 class _MapStream:
     """The function given to `IterableDataset.map`, on batches of one row: it may return none."""
 
-    def __init__(self, rows: RowTokenizer, report: PreparationReport) -> None:
-        self.rows, self.report = rows, report
+    def __init__(self, rows: RowTokenizer, numbers: list[str], report: PreparationReport) -> None:
+        self.rows, self.numbers, self.report = rows, numbers, report
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         row = {column: values[0] for column, values in batch.items()}
-        tokenized = list(_streamed([(indices[0], row)], self.rows, self.report))
-        return {column: [row[column] for row in tokenized] for column in (*COLUMNS, "length")}
+        tokenized = [NUMBERS | made for made in _streamed([(indices[0], row)], self.rows, self.report)]
+        return {column: [made[column] for made in tokenized] for column in (*COLUMNS, "length", *self.numbers)}
 
 
 def _prepare_stream(dataset: Any, rows: RowTokenizer, report: PreparationReport) -> Any:
     columns = dataset.column_names or list(next(iter(dataset), {}))
+    numbers = _numbers_of(columns)
     return dataset.map(
-        _MapStream(rows, report),
+        _MapStream(rows, numbers, report),
         with_indices=True,
         batched=True,
         batch_size=1,
         remove_columns=columns,
-        features=_features(),
+        features=_features(**dict.fromkeys(numbers, "float32")),
     )
 
 

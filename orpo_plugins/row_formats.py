@@ -7,6 +7,7 @@ error, with the column's name, so that one bad row in a good dataset is not repo
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from orpo_plugins import plugins
@@ -15,6 +16,7 @@ from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import Message, Preference, RowFormat
 
 Row = Mapping[str, Any]
+_IMPLICIT_STRINGS = "strings, implicit prompt"
 
 _ROLES = {
     "human": "user",
@@ -77,7 +79,7 @@ def orpo_row_formats() -> list[RowFormat]:
             parse=lambda row: _strings(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")),
         ),
         RowFormat(
-            name="strings, implicit prompt",
+            name=_IMPLICIT_STRINGS,
             columns="chosen, rejected (strings that begin alike)",
             # A prompt under another name is a mistake to report, not a prompt to guess.
             matches=lambda row: _has(row, "chosen", "rejected") and _renamed(row, "prompt") is None,
@@ -86,12 +88,13 @@ def orpo_row_formats() -> list[RowFormat]:
     ]
 
 
-def parse_row(row: Row, index: int | str) -> Preference:
+def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preference:
     """Reads a row with the first format of `plugins.row_formats()` that matches.
 
     Args:
         row: raw columns.
         index: the row's number (or any name for it), for messages.
+        sft_rows: whether a row may have no rejected answer (no such column, or None in it).
 
     Raises:
         RowError: no format matches (naming the columns found and the formats known), or a value does not fit.
@@ -99,13 +102,24 @@ def parse_row(row: Row, index: int | str) -> Preference:
     where = f"row {index}"
     if not isinstance(row, Mapping):
         raise RowError(f"{where}: expected a mapping from column to value, got {_kind(row)}")
+    alone = sft_rows and row.get("rejected") is None and row.get("chosen") is not None
+    if alone:
+        row = {**row, "rejected": row["chosen"]}
     for row_format in plugins.row_formats():
         if row_format.matches(row):
             try:
-                return row_format.parse(row)
+                return _alone(row_format.parse(row), row_format) if alone else row_format.parse(row)
             except RowError as error:
                 raise RowError(f"{where} ({row_format.name}): {error}") from error
     raise RowError(f"{where}: {_unknown_format(row)}")
+
+
+def _alone(preference: Preference, row_format: RowFormat) -> Preference:
+    """The preference without the rejected answer, whose place the chosen one has taken so that a format could read."""
+    if row_format.name == _IMPLICIT_STRINGS:
+        raise RowError("there is no 'prompt' column and no rejected answer, so where the answer begins is not known")
+    plain = None if preference.plain is None else replace(preference.plain, rejected=None)
+    return replace(preference, rejected=None, plain=plain)
 
 
 def common_prefix(*texts: str) -> str:
@@ -241,7 +255,7 @@ def _text(row: Row, column: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        raise RowError(f"column {column!r} is {_kind(value)}, expected a string. Fill it in, or filter the row out")
+        raise RowError(f"column {column!r} is {_kind(value)}, expected a string. {_remedy(column, value)}")
     return value
 
 
@@ -253,9 +267,7 @@ def _messages(row: Row, column: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple):
-        raise RowError(
-            f"column {column!r} is {_kind(value)}, expected a list of messages. Fill it in, or filter the row out"
-        )
+        raise RowError(f"column {column!r} is {_kind(value)}, expected a list of messages. {_remedy(column, value)}")
     return [_message(message, f"message {number} of column {column!r}") for number, message in enumerate(value)]
 
 
@@ -273,6 +285,12 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(content, str | list | tuple):
         raise RowError(f"{where} has {_kind(content)} as its content, expected a string: keys {', '.join(message)}")
     return {"role": _ROLES.get(role, role), "content": content, **rest}
+
+
+def _remedy(column: str, value: Any) -> str:
+    if column == "rejected" and value is None:
+        return "Fill it in, filter the row out, or train such rows with the NLL alone (sft_rows=True)"
+    return "Fill it in, or filter the row out"
 
 
 def _user(content: str) -> list[Message]:

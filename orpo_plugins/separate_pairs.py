@@ -4,8 +4,7 @@ On rows that nothing truncates, ids and labels are those of TRL's ORPOTrainer (1
 `max_completion_length` cuts: they keep their closing EOS, unlike a decoder's.
 """
 
-from orpo_plugins.interfaces import Pair
-from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, boundary, token_sequence
+from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, boundary, built_pair
 from orpo_plugins.predictions import IGNORE_INDEX
 from orpo_plugins.texts import Texts
 
@@ -49,23 +48,16 @@ class EncoderDecoderPairBuilder(PairBuilder):
 
     # ---- length
 
-    def fit(self, chosen: Answer, rejected: Answer, *, repaired: bool = False) -> BuiltPair | Dropped:
+    def fit(self, *whole: Answer, repaired: bool = False) -> BuiltPair | Dropped:
         """Cuts prompt and answers, each to a limit of its own (see `PairOptions`)."""
-        cut = (self._cut(chosen), self._cut(rejected))
-        for name, answer in zip(("chosen", "rejected"), cut, strict=True):
+        cut = [self._cut(answer) for answer in whole]
+        for name, answer in zip(("chosen", "rejected"), cut, strict=False):
             if not answer.prompt:
                 return Dropped(reason="no room is left for the prompt")
             if self._special_ids.issuperset(answer.labels):
                 return Dropped(reason=f"no room is left for the {name} answer")
-        if cut[0][:2] == cut[1][:2]:
-            return Dropped(reason="chosen equals rejected after truncation")
-        return BuiltPair(
-            pair=Pair(chosen=token_sequence(cut[0]), rejected=token_sequence(cut[1])),
-            prompt_truncated=cut[0].prompt != chosen.prompt or cut[1].prompt != rejected.prompt,
-            chosen_truncated=len(cut[0].ids) < len(chosen.ids),
-            rejected_truncated=len(cut[1].ids) < len(rejected.ids),
-            repaired=repaired,
-        )
+        prompt_truncated = any(new.prompt != old.prompt for new, old in zip(cut, whole, strict=True))
+        return built_pair(whole, cut, prompt_truncated=prompt_truncated, repaired=repaired)
 
     def _cut(self, answer: Answer) -> Answer:
         options = self.options

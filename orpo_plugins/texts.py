@@ -5,6 +5,7 @@ Three texts come out: the prompt, and both whole conversations, each of which be
 
 import functools
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from orpo_plugins.errors import ConfigError, RowError
@@ -47,6 +48,8 @@ class TextBuilder:
         if not _content(asked).strip():
             return "empty prompt"
         for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+            if answer is None:
+                continue
             own = answer if isinstance(answer, str) else [m for m in answer if m["role"] == "assistant"]
             content = _content(own)
             if not own or not content.strip():
@@ -56,7 +59,14 @@ class TextBuilder:
         return "chosen equals rejected" if preference.chosen == preference.rejected else None
 
     def __call__(self, preference: Preference) -> Texts:
-        """The texts to tokenize, templated and with the prompt in them once."""
+        """The texts to tokenize, templated and with the prompt in them once.
+
+        Where there is no rejected answer, an empty one stands in.
+        """
+        if preference.rejected is None:
+            stand_in = "" if isinstance(preference.chosen, str) else [{"role": "assistant", "content": ""}]
+            plain = None if preference.plain is None else replace(preference.plain, rejected="")
+            preference = replace(preference, rejected=stand_in, plain=plain)
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
         plain = preference if isinstance(preference.prompt, str) else preference.plain
         if plain is not None and (plain is preference or not has_template or self._is_templated(plain)):
@@ -109,7 +119,7 @@ class TextBuilder:
     def _chat_texts(self, preference: Preference) -> Texts:
         assert not isinstance(preference.prompt, str)
         prompt, arguments = list(preference.prompt), dict(preference.template_arguments)
-        answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected)]
+        answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected) if answer is not None]
         full = [self._render(prompt + answer, arguments) for answer in answers]
         starts_answer = all(answer[0]["role"] == "assistant" for answer in answers)
         one_turn = starts_answer and all(len(answer) == 1 for answer in answers)

@@ -13,7 +13,6 @@ from typing import Any
 
 from orpo_plugins.errors import ConfigError
 
-_PAPER = "Hong, Lee and Thorne 2024 (arXiv 2403.07691)"
 _CODE = "github.com/xfactlab/orpo"
 
 
@@ -72,14 +71,6 @@ PRESETS: Mapping[str, Preset] = {
             "optim": "paged_adamw_32bit",
         },
         source=f"{_CODE}, scripts/run_orpo.sh (lambda, schedule and optimizer are the defaults of src/args.py)",
-    ),
-    "phi-2": Preset(
-        arguments={"beta": 0.25, "learning_rate": 8e-6},
-        source=f"{_PAPER}: lambda of Phi-2 (2.7B) on UltraFeedback, learning rate of its ORPO runs",
-    ),
-    "llama-2-7b": Preset(
-        arguments={"beta": 0.2, "learning_rate": 8e-6},
-        source=f"{_PAPER}: lambda of Llama-2 (7B) on UltraFeedback, learning rate of its ORPO runs",
     ),
 }
 

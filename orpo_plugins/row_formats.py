@@ -88,6 +88,10 @@ def orpo_row_formats() -> list[RowFormat]:
     ]
 
 
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_TEXT_ONLY = "Drop such rows, or remove the column where the texts stand by themselves"
+
+
 def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preference:
     """Reads a row with the first format of `plugins.row_formats()` that matches.
 
@@ -102,6 +106,8 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preferen
     where = f"row {index}"
     if not isinstance(row, Mapping):
         raise RowError(f"{where}: expected a mapping from column to value, got {_kind(row)}")
+    if media := next((column for column in _MEDIA if row.get(column)), None):
+        raise RowError(f"{where}: column {media!r} is not empty, but only text can be trained on. {_TEXT_ONLY}")
     alone = sft_rows and row.get("rejected") is None and row.get("chosen") is not None
     if alone:
         row = {**row, "rejected": row["chosen"]}
@@ -282,6 +288,10 @@ def _message(message: Any, where: str) -> Message:
         raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
     if content is None and "tool_calls" in rest:
         content = ""
+    if isinstance(content, list | tuple):
+        kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
+        if other := next((kind for kind in kinds if kind != "text"), None):
+            raise RowError(f"{where} holds a part of type {other!r}, but only text can be trained on. {_TEXT_ONLY}")
     if not isinstance(content, str | list | tuple):
         raise RowError(f"{where} has {_kind(content)} as its content, expected a string: keys {', '.join(message)}")
     return {"role": _ROLES.get(role, role), "content": content, **rest}

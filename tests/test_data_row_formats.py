@@ -223,3 +223,14 @@ def test_a_format_registered_later_is_tried_first() -> None:
 )
 def test_common_prefix(texts: tuple[str, ...], shared: str) -> None:
     assert common_prefix(*texts) == shared
+
+
+def test_rows_with_images_are_refused() -> None:
+    row = {"prompt": "What is this?", "chosen": "A cat.", "rejected": "No idea."}
+    with pytest.raises(RowError, match=r"row 3: column 'images' is not empty, but only text can be trained on\. Drop"):
+        parse_row({**row, "images": ["cat.png"]}, 3)
+    assert parse_row({**row, "images": []}, 3).prompt == "What is this?"
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    answers = {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+    with pytest.raises(RowError, match="holds a part of type 'image', but only text can be trained on"):
+        parse_row({"prompt": parts, **answers}, 0)

@@ -18,6 +18,7 @@ from orpo_plugins.objective import check_coefficients
 AXOLOTL_KEYS = ("orpo_alpha",)
 """Keys beginning with `orpo_` that Axolotl itself has."""
 TRUNCATION_MODES = ("keep_end", "keep_start")
+TRAIN_ON = ("all_assistant", "last")
 
 
 class ORPOInputArgs(BaseModel):
@@ -52,6 +53,9 @@ class ORPOInputArgs(BaseModel):
     orpo_sft_rows: bool | None = Field(
         default=None, description="Whether rows may have no rejected answer; they are trained with the NLL alone."
     )
+    orpo_train_on: str | None = Field(
+        default=None, description="Which assistant turns of an answer of several are trained: all_assistant or last."
+    )
     orpo_columns: dict[str, list[dict[str, str]]] | None = Field(
         default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users."
     )
@@ -84,6 +88,11 @@ class ORPOInputArgs(BaseModel):
     @classmethod
     def _truncation_mode_is_known(cls, value: str | None) -> str | None:
         return _one_of("orpo_truncation_mode", value, TRUNCATION_MODES)
+
+    @field_validator("orpo_train_on")
+    @classmethod
+    def _train_on_is_known(cls, value: str | None) -> str | None:
+        return _one_of("orpo_train_on", value, TRAIN_ON)
 
     @field_validator("orpo_odds_temperature")
     @classmethod

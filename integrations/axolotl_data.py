@@ -167,6 +167,7 @@ _KEYS_IN_CACHE = (
     "orpo_max_completion_length",
     "orpo_max_prompt_length",
     "orpo_sft_rows",
+    "orpo_train_on",
     "orpo_truncation_mode",
     "seed",
     "shuffle_merged_datasets",
@@ -268,6 +269,7 @@ def pair_options(cfg: Any, *, truncate: bool) -> Any:
         max_completion_length=cfg.orpo_max_completion_length,
         truncation_mode=cfg.orpo_truncation_mode or "keep_end",
         sft_rows=bool(cfg.orpo_sft_rows),
+        train_on=cfg.orpo_train_on or "all_assistant",
     )
 
 

@@ -30,6 +30,10 @@ class ORPOOwnFields:
     truncation_mode: str = field(
         default="keep_end", metadata={"help": "Which part of a prompt that is too long stays: keep_end or keep_start."}
     )
+    train_on: str = field(
+        default="all_assistant",
+        metadata={"help": "Which assistant turns of an answer of several turns are trained: all_assistant or last."},
+    )
     sft_rows: bool = field(
         default=False,
         metadata={"help": "Whether rows may have no rejected answer; such rows are trained with the NLL alone."},

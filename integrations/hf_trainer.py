@@ -248,6 +248,7 @@ def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOpti
         truncation_mode=args.truncation_mode,
         encoder_decoder=encoder_decoder,
         sft_rows=args.sft_rows,
+        train_on=args.train_on,
     )
 
 
@@ -271,6 +272,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
         nll_over=args.nll_over,
         padding_value=args.padding_value,
         sft_rows=args.sft_rows,
+        train_on=args.train_on,
     )
 
 

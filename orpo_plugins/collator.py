@@ -36,6 +36,7 @@ class ORPOCollator:
         padding_value: token id to pad with; default: the tokenizer's pad token.
         pad_to_multiple_of: rounds the width of *padded* batches up.
         sft_rows: whether a row may have no rejected answer (see `PairOptions`).
+        train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
 
     Returns (when called on a list of rows):
         What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
@@ -60,6 +61,7 @@ class ORPOCollator:
         pad_to_multiple_of: int | None = None,
         padding_value: int | None = None,
         sft_rows: bool = False,
+        train_on: str = "all_assistant",
     ) -> None:
         self.layout = plugins.layout("padded" if layout == "auto" else layout)
         options = PairOptions(
@@ -69,6 +71,7 @@ class ORPOCollator:
             truncation_mode=truncation_mode,
             encoder_decoder=self.layout.encoder_decoder,
             sft_rows=sft_rows,
+            train_on=train_on,
         )
         if nll_over not in NLL_OVER:
             raise ConfigError(f"unknown nll_over {nll_over!r}; known: {', '.join(NLL_OVER)}")

@@ -21,6 +21,7 @@ from orpo_plugins.predictions import IGNORE_INDEX
 from orpo_plugins.texts import TextBuilder, Texts, special_tokens
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
+TRAIN_ON = ("all_assistant", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ class PairOptions:
     """Whether an encoder reads the prompts (see `seq2seq.py`)."""
     sft_rows: bool = False
     """Whether a row may have no rejected answer: such rows are trained with the NLL alone."""
+    train_on: str = "all_assistant"
+    """Which assistant turns are the answer, where the two conversations go on for several: "all_assistant", or "last",
+    with everything before the last turn as its prompt.  Turns that both have in common are prompt in either case."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -57,6 +61,8 @@ class PairOptions:
                 raise ConfigError(f"{name} is {value!r}: it must be None or a whole number of at least {least}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(f"unknown truncation_mode {self.truncation_mode!r}; known: {', '.join(TRUNCATION_MODES)}")
+        if self.train_on not in TRAIN_ON:
+            raise ConfigError(f"unknown train_on {self.train_on!r}; known: {', '.join(TRAIN_ON)}")
         shared = self.max_length is not None and not self.encoder_decoder
         if shared and (self.max_prompt_length or 0) >= (self.max_length or 0):
             raise ConfigError(
@@ -162,8 +168,10 @@ class PairBuilder:
         if spans is None:
             labels = ids[start:]
         else:
+            spans = spans[-1:] if self.options.train_on == "last" else spans
             cuts = self._encode([text[:cut] for span in spans for cut in span])
             tokens = [boundary(beginning, ids) for beginning in cuts]
+            start = tokens[0] if self.options.train_on == "last" else start
             marked = {i for begin, end in zip(tokens[::2], tokens[1::2], strict=True) for i in range(begin, end)}
             labels = [token if i in marked else IGNORE_INDEX for i, token in enumerate(ids)][start:]
         return self._with_bos(Answer(ids[:start], ids[start:], labels))

@@ -13,14 +13,15 @@ class EncoderDecoderPairBuilder(PairBuilder):
     """`PairBuilder` where `PairOptions.encoder_decoder` is set."""
 
     def _tokens(self, texts: Texts) -> tuple[Answer, Answer]:
-        prompt = self._encode([texts.prompt])[0]
         return (
-            self._own_answer(prompt, texts.chosen, len(texts.prompt), texts.chosen_spans),
-            self._own_answer(prompt, texts.rejected, len(texts.prompt), texts.rejected_spans),
+            self._own_answer(texts.chosen, len(texts.prompt), texts.chosen_spans),
+            self._own_answer(texts.rejected, len(texts.prompt), texts.rejected_spans),
         )
 
-    def _own_answer(self, prompt: list[int], text: str, start: int, spans: list[tuple[int, int]] | None) -> Answer:
-        ids = self._encode([text[start:]])[0]
+    def _own_answer(self, text: str, start: int, spans: list[tuple[int, int]] | None) -> Answer:
+        if spans and self.options.train_on == "last":
+            spans, start = spans[-1:], spans[-1][0]
+        prompt, ids = self._encode([text[:start], text[start:]])
         if spans is None:
             return Answer(prompt, ids, ids)
         cuts = self._encode([text[start : max(cut, start)] for span in spans for cut in span])

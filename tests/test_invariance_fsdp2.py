@@ -38,5 +38,5 @@ def test_sharded_steps_equal_those_of_one_process(
 
 
 def test_the_weights_did_change(one_process: dict[str, dict[str, torch.Tensor]]) -> None:
-    assert all(change.norm() > 1e-4 for change in one_process["untied"].values())
+    assert all(change.norm() > 0.1 for change in one_process["untied"].values())
     assert one_process["untied"]["lm_head.weight"].norm() > 1

@@ -36,7 +36,7 @@ def train(options: dict[str, Any], folder: str) -> dict[str, Any]:
         "gradient_checkpointing": False,
         **options,
     }
-    model = tiny.model()
+    model = tiny.model(initializer_range=0.2)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     dataset = Dataset.from_list(rows)
     trainer = ORPOTrainer(

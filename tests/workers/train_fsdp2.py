@@ -26,7 +26,7 @@ PAIRS_PER_STEP = 8
 
 def train(options: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
     """What five SGD steps of eight pairs change in the weights."""
-    model = tiny.model(tie_word_embeddings=options.get("tied", False))
+    model = tiny.model(initializer_range=0.2, tie_word_embeddings=options.get("tied", False))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))

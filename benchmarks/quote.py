@@ -48,7 +48,83 @@ def politeness() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"politeness": politeness}
+def paper_observation() -> str:
+    """The paper's observation: before, and after training with each lambda, from both starts."""
+    result = results("paper_observation")
+    text = ""
+    for start, found in result["held_out"].items():
+        before = next(iter(found.values()))[0]
+        entries = [("before", before), *((f"λ = {beta}", points[-1]) for beta, points in found.items())]
+        names = ("logps/chosen", "logps/rejected", "log_odds_chosen", "rewards/accuracies")
+        rows = [
+            [label, *(f"{entry[name]:.2f}" for name in names), f"{entry['logps/rejected/spread']:.2f}"]
+            for label, entry in entries
+        ]
+        header = [start, "chosen", "rejected", "log odds ratio", "accuracy", "spread of rejected"]
+        text += table(header, rows) + "\n"
+    return (
+        text
+        + f"Mean log-probability per answer token on 100 held-out pairs, means over {result['seeds']} seeds, and the "
+        + f"largest distance of a seed from the mean. {result['cpu_minutes']:.1f} CPU minutes in all.\n"
+        + source(result)
+    )
+
+
+def head() -> str:
+    """CPU seconds and MiB of the head alone, by peer and cell."""
+    result = results("head_cpu")
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        name = f"{row['head']} {row['vocabulary'] // 1000}k {row['dtype']}"
+        figure = f"{row['seconds']:.3g} / {row['peak_mib']:.0f}" if "seconds" in row else "failed"
+        cells.setdefault(name, {})[row["peer"]] = figure
+    peers = list(dict.fromkeys(row["peer"] for row in result["rows"]))
+    rows = [[name, *(figures.get(peer, "") for peer in peers)] for name, figures in cells.items()]
+    return (
+        "CPU seconds / MiB above the inputs, returned gradients included:\n\n"
+        + table(["", *peers], rows)
+        + '\n"failed": not done within the time limit; empty: not measured.\n'
+        + source(result)
+    )
+
+
+def step() -> str:
+    """Ratio of CPU time per training step, TRL's over ours, by rows and setting."""
+    rows, last = [], {}
+    for path in sorted(RESULTS.glob("step-trl*.json")):
+        for name, last in json.loads(path.read_text()).items():
+            rows += [
+                [
+                    f"TRL {last['versions']['trl']}",
+                    name,
+                    case["layout"],
+                    f"{case['head']}, checkpointing {'on' if case['checkpointing'] else 'off'}",
+                    f"{case['trl_seconds']:.1f} / {case['our_seconds']:.1f}",
+                    f"**{case['ratio']:.2f}**",
+                    f"{case['token_ideal']:.2f}",
+                    f"{case['trl_peak_mib']} / {case['our_peak_mib']}",
+                ]
+                for case in last["cases"]
+            ]
+    header = [
+        "against",
+        "rows",
+        "layout",
+        "head",
+        "CPU s, TRL / ours",
+        "ratio",
+        "by tokens alone",
+        "peak MiB, TRL / ours",
+    ]
+    return table(header, rows) + source({**last, "command": "python benchmarks/step.py"})
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "head": head,
+    "paper-observation": paper_observation,
+    "politeness": politeness,
+    "step": step,
+}
 
 
 def rendered(text: str) -> str:

@@ -43,7 +43,7 @@ def politeness() -> str:
     rows = [[f"`{n}`", f"{result['before'][n]:.3f}", f"{result['after'][n]:.3f}"] for n in names]
     return (
         table(["on 100 held-out pairs", "before", "after"], rows)
-        + f"\n{result['cpu_minutes']:.1f} CPU minutes, {result['parameters'] / 1e6:.2f} million parameters from scratch.\n"
+        + f"\n{result['cpu_minutes']:.1f} CPU minutes, {result['parameters'] / 1e6:.2f} million parameters.\n"
         + source(result)
     )
 

@@ -1,4 +1,4 @@
-"""Real preference data: every row that teaches something is trained on, through the trainer and through the command.
+"""Real preference data: every row that teaches something is trained on, by each trainer and by the command.
 
 The files are not part of the repository: ORPO_SHARED_DATA names their folder, by default ../shared/data.
 """
@@ -11,6 +11,9 @@ import pytest
 import tiny
 from datasets import load_dataset
 from training import logged, trainer
+from transformers import Trainer, TrainingArguments
+
+from orpo_plugins import ORPOCollator, ORPOLoss, fuse_head
 
 FOLDER = Path(os.environ.get("ORPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FILES = {"dpo_en_demo.json": 300, "politeness.json": 1100}
@@ -71,3 +74,33 @@ def test_every_row_goes_through_the_command(name: str, count: int, tmp_path: Pat
     main(["orpo", *(text for name, value in options.items() for text in (f"--{name}", str(value)))])
     assert (tmp_path / "out" / f"checkpoint-{count // 20}").exists()
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("name", "count"), FILES.items())
+def test_every_row_goes_through_a_stock_trainer(name: str, count: int, tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=1,
+        per_device_train_batch_size=20,
+        learning_rate=0.5,
+        optim="sgd",
+        logging_steps=5,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    collator = ORPOCollator(tiny.tokenizer(), max_length=256, layout="shared")
+    stock = Trainer(
+        model=small_model(),
+        args=arguments,
+        train_dataset=load_dataset("json", data_files=str(path(name)), split="train"),
+        data_collator=collator,
+        compute_loss_func=ORPOLoss(),
+    )
+    fuse_head(stock).train()
+    assert stock.state.global_step == count // 20
+    assert dict(collator.left_out) == ({"chosen equals rejected": 6} if name == "politeness.json" else {})
+    found = [entry["loss"] for entry in stock.state.log_history if "loss" in entry]
+    assert found[-1] < found[0]

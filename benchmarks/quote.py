@@ -57,7 +57,7 @@ def paper_observation() -> str:
         entries = [("before", before), *((f"λ = {beta}", points[-1]) for beta, points in found.items())]
         names = ("logps/chosen", "logps/rejected", "log_odds_chosen", "rewards/accuracies")
         rows = [
-            [label, *(f"{entry[name]:.2f}" for name in names), f"{entry['logps/rejected/spread']:.2f}"]
+            [label, *(f"{round(entry[name], 2) + 0.0:.2f}" for name in names), f"{entry['logps/rejected/spread']:.2f}"]
             for label, entry in entries
         ]
         header = [start, "chosen", "rejected", "log odds ratio", "accuracy", "spread of rejected"]

@@ -404,7 +404,8 @@ def plot() -> None:
         axes.plot([ideal, ideal], [index - 0.4, index + 0.4], color="black")
     axes.axvline(1, color="tab:gray", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("CPU time of TRL's step / ours (black: the token ideal)")
+    axes.margins(x=0.15)
+    axes.set_xlabel("times cheaper than TRL (black: tokens alone)")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "step.png", dpi=120)
 

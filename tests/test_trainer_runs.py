@@ -218,7 +218,9 @@ class Synchronizations(TorchDispatchMode):
         hidden = ("__torch_dispatch__", "<lambda>", "_note")
         stack = [frame for frame in traceback.extract_stack() if frame.name not in hidden]
         frames = [frame for frame in stack if not frame.filename.startswith(torch_root)]
-        if frames[-1].filename.startswith(self.package):  # transformers has some of its own
+        last = frames[-1].filename
+        # transformers has some of its own, also where a virtual environment stands inside the repository.
+        if last.startswith(self.package) and "site-packages" not in last:
             self.seen.append(frames[-1].name)
 
 

@@ -407,7 +407,7 @@ def plot() -> None:
     axes.margins(x=0.15)
     axes.set_xlabel("times cheaper than TRL (black: tokens alone)")
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "step.png", dpi=120)
+    figure.savefig(ROOT / "docs" / "step.png", dpi=120, bbox_inches="tight")
 
 
 def _bars() -> Iterator[tuple[str, float, float]]:

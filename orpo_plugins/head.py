@@ -145,6 +145,18 @@ def final_bias_taken_out(model: nn.Module) -> Iterator[Tensor | None]:
         buffers["final_logits_bias"] = bias
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and each back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def logits_of(outputs: Any) -> Tensor:
     """The logits of a model output, whichever way the model returns it."""
     if isinstance(outputs, Mapping):
@@ -183,13 +195,8 @@ def _probe(model: nn.Module, input_ids: Tensor) -> HeadOptions:
     keep_four_bit_trainable(model)
     tokens = input_ids.reshape(-1)[:2].reshape(1, -1)
     inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), replaced_forward(head, forward), final_bias_taken_out(model):
-            received = logits_of(model(**inputs, use_cache=False))
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model), replaced_forward(head, forward), final_bias_taken_out(model):
+        received = logits_of(model(**inputs, use_cache=False))
     if len(sent) != 1 or received.shape != sent[0].shape:
         raise ModelError(
             f"{type(unwrap_model(model)).__name__} calls its lm_head {len(sent)} times or reshapes its logits "

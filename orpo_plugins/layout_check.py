@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orpo_plugins import plugins
 from orpo_plugins.forward import check_vocabulary, orpo_forward, predictions_of
-from orpo_plugins.head import head_options, output_head, unwrap_model
+from orpo_plugins.head import evaluating, head_options, output_head, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -79,7 +79,7 @@ def check_layout(
     device = next(model.parameters()).device
     batches = [_to(one.collate(pairs, pad_token_id=pad_token_id, nll_over=nll_over), device) for one in layouts]
     check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]))
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         if kernel != "reference":
             head_options(model, batches[0]["input_ids"])  # its probe must not pass by the hooks below
         runs = [_run(model, one, batch, kernel) for one, batch in zip(layouts, batches, strict=True)]
@@ -170,18 +170,6 @@ def _listening(module: nn.Module, listener: Callable[[Tensor], None], *, to_inpu
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and each back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ ORPOConfig(output_dir="out", beta=0.1, max_length=1024, kernel="auto", layout="a
 """
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +170,9 @@ class ORPOConfig(_ORPOArguments):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         known = frozenset(f.name for f in dataclasses.fields(_ORPOArguments) if f.init)
         arguments = translate(kwargs, known)
+        for name in arguments.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"ORPOConfig has no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         if _HAS_NEW_NAME:
             _rename_checkpointing(arguments)
         super().__init__(*args, **arguments)

@@ -155,6 +155,6 @@ def test_a_bad_option_is_one_clear_error(options: dict[str, Any], message: str, 
         trainer(tmp_path, **options)
 
 
-def test_an_unknown_argument_is_pythons_own_error(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="max_lenght"):
+def test_an_unknown_argument_names_the_one_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no option .max_lenght.; did you mean .max_length."):
         config(tmp_path, max_lenght=3)

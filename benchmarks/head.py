@@ -301,8 +301,10 @@ def plot(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             axis.plot(row["seconds"], row["peak_mib"], marker, color=color, markersize=9, label=row["peer"])
         axis.set(title=cell, xlabel="seconds", ylabel="peak MiB above inputs", xscale="log", yscale="log")
         axis.title.set_fontsize(9)
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    entries = {
+        name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(RESULTS / f"{arguments.name}.png", dpi=110)
 
 

@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_plugins import plugins
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.interfaces import HeadOptions, Objective
-from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, log_odds, odds_ratio_loss
+from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
 from orpo_plugins.predictions import IGNORE_INDEX, Predictions
 
 
@@ -89,16 +88,12 @@ def linear_orpo_loss(
     )
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, memory_budget=memory_budget)
     result = chosen_kernel.compute(rows, weight, bias, predictions, objective, options)
-    chosen, rejected = result.logps.view(2, -1)
     lengths = predictions.answer_lengths().view(2, -1)
-    odds = log_odds(chosen, rejected)
-    return ORPOOutput(
+    return output_of(
         loss=result.loss,
         nll_loss=result.nll_loss,
-        chosen_logps=chosen,
-        rejected_logps=rejected,
-        log_odds_chosen=odds,
-        log_odds_ratio=F.logsigmoid(odds_temperature * odds),
+        logps=result.logps,
+        odds_temperature=odds_temperature,
         figures={"chosen_lengths": lengths[0], "rejected_lengths": lengths[1], "nll_tokens": counted},
     )
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo_plugins import plugins
@@ -29,7 +28,7 @@ from orpo_plugins.head import (
 )
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Layout, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
-from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, log_odds, odds_ratio_loss
+from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
 from orpo_plugins.predictions import Predictions
 
 NLL_OVER = ("sequence", "completion")
@@ -346,10 +345,7 @@ def describe(
     result: HeadResult, predictions: Predictions, options: ORPOOptions, logit_means: Tensor | None
 ) -> ORPOOutput:
     """The figures of a head's result."""
-    chosen, rejected = result.logps.view(2, -1)
     lengths, margins = predictions.answer_lengths().view(2, -1), predictions.pair_margins()
-    rejected = torch.where(lengths[1] > 0, rejected, torch.nan)
-    odds = log_odds(chosen, rejected)
     figures = {
         "chosen_lengths": lengths[0],
         "rejected_lengths": lengths[1],
@@ -358,13 +354,12 @@ def describe(
     }
     if logit_means is not None:
         figures |= {"chosen_logits": logit_means[0], "rejected_logits": logit_means[1]}
-    return ORPOOutput(
+    return output_of(
         loss=result.loss,
         nll_loss=result.nll_loss,
-        chosen_logps=chosen,
-        rejected_logps=rejected,
-        log_odds_chosen=odds,
-        log_odds_ratio=F.logsigmoid(options.odds_temperature * odds - (0.0 if margins is None else margins)),
+        logps=torch.where(lengths.flatten() > 0, result.logps, torch.nan),
+        odds_temperature=options.odds_temperature,
+        margins=0.0 if margins is None else margins,
         figures=figures,
     )
 

@@ -136,6 +136,29 @@ def orpo_loss(
     )
 
 
+def output_of(
+    *,
+    loss: Tensor,
+    nll_loss: Tensor,
+    logps: Tensor,
+    odds_temperature: float,
+    margins: Tensor | float = 0.0,
+    figures: dict[str, Tensor],
+) -> ORPOOutput:
+    """The output that belongs to a loss and the mean log-probabilities [2B] behind it, chosen answers first."""
+    chosen, rejected = logps.view(2, -1)
+    odds = log_odds(chosen, rejected)
+    return ORPOOutput(
+        loss=loss,
+        nll_loss=nll_loss,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        log_odds_chosen=odds,
+        log_odds_ratio=F.logsigmoid(odds_temperature * odds - margins),
+        figures=figures,
+    )
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """fp64 stays; everything below is raised to fp32, where 1 - p keeps its digits."""
     return x if x.dtype == torch.float64 else x.float()

@@ -27,7 +27,7 @@ NAME = "game_log"
 def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
     """Generates for one batch of `dataset` (tokenized rows) and logs "Prompt" and "Policy" under W&B, trackio or Comet.
 
-    Where none of them is active the table goes to `<output_dir>/generations/step-<n>.json`.  The rows are drawn anew at
+    Where `report_to` names none of them the table goes to `<output_dir>/generations/step-<n>.json`.  The rows are drawn anew at
     each step, the same ones on all ranks; the model's generation config decides between greedy search and sampling.
     """
     prompts = sample_prompts(dataset, trainer.args.eval_batch_size, seed=trainer.args.seed + trainer.state.global_step)
@@ -38,6 +38,7 @@ def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
     texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, answers))
     rows = [{"Prompt": prompt, "Policy": answer} for prompt, answer in zip(*texts, strict=True)]
     step = trainer.state.global_step
+    _start_trackers(trainer)
     if not _track(rows, trainer.args.report_to):
         name = f"step-{step}.json" if prefix == "eval" else f"step-{step}-{prefix.removeprefix('eval_')}.json"
         path = Path(trainer.args.output_dir) / "generations" / name
@@ -84,6 +85,18 @@ def _joined(ids: list[int], padding: list[int], side: int) -> list[int]:
     return ids + padding if side > 0 else padding + ids
 
 
+def _start_trackers(trainer: Any) -> None:
+    """Starts those of the trainer's trackers that have no run: outside of training their callbacks start one at a log.
+
+    That log follows this table.
+    """
+    from transformers.integrations import CometCallback, TrackioCallback, WandbCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CometCallback | TrackioCallback | WandbCallback) and not callback._initialized:
+            callback.setup(trainer.args, trainer.state, trainer.model)
+
+
 def _track(rows: list[dict[str, str]], report_to: list[str]) -> bool:
     """Hands the table to every active tracker; whether there was one."""
     active = [tracker for name, tracker in _TRACKERS.items() if name in report_to and tracker(rows)]
@@ -104,6 +117,8 @@ def _trackio(rows: list[dict[str, str]]) -> bool:
     import pandas
     import trackio
 
+    if trackio.context_vars.current_run.get() is None:
+        return False
     trackio.log({NAME: trackio.Table(dataframe=pandas.DataFrame(rows))})
     return True
 

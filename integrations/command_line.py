@@ -52,6 +52,7 @@ def train(arguments: list[str]) -> int:
     """
     try:
         from accelerate.commands.launch import launch_command, launch_command_parser
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
     except ImportError as error:
         raise missing_extra("trl", "trl") from error
@@ -61,18 +62,36 @@ def train(arguments: list[str]) -> int:
     method, options = (arguments[0], arguments[1:]) if named else ("orpo", arguments)
     # Reading the options here, in one process, prints help and names a bad value before anything is launched.
     parser = make_parser(method)
-    *_, from_config, from_flags = parser.parse_args_and_config(
+    _, training, *_, from_config, from_flags = parser.parse_args_and_config(
         options, return_remaining_strings=True, separate_remaining_strings=True
     )
     launcher = launch_command_parser()
     for_launcher = resolve_accelerate_config_argument(from_config + from_flags)
     _refuse_unknown(for_launcher, parser, launcher)
     for_script = _without(options, from_flags)
+    launch = launcher.parse_args([*for_launcher, "--module", SCRIPT, method, *for_script])
+    if starts_too_few(launch, use_cpu=training.use_cpu):
+        launch.training_script_args += [] if training.use_cpu else ["--use_cpu", "True"]
+        launch.cpu, launch.multi_gpu = False, True  # torchrun, whatever the device
     try:
-        launch_command(launcher.parse_args([*for_launcher, "--module", SCRIPT, method, *for_script]))
+        launch_command(launch)
     except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:  # the process has said why
+        return int(error.get_first_failure()[1].exitcode)
     return 0
+
+
+def starts_too_few(launch: argparse.Namespace, *, use_cpu: bool) -> bool:
+    """Whether `accelerate launch` would start one process though several are asked for.
+
+    It does so on CPUs (tried with 1.13), unless MPI starts the others, and says nothing.
+    """
+    import torch
+
+    starts_all = ("multi_gpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "tpu", "mpirun_hostfile")
+    on_cpu = use_cpu or launch.cpu or not torch.accelerator.is_available()
+    return (launch.num_processes or 1) > 1 and on_cpu and not any(getattr(launch, name, None) for name in starts_all)
 
 
 def _refuse_unknown(arguments: list[str], parser: argparse.ArgumentParser, launcher: argparse.ArgumentParser) -> None:

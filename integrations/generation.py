@@ -27,8 +27,9 @@ NAME = "game_log"
 def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
     """Generates for one batch of `dataset` (tokenized rows) and logs "Prompt" and "Policy" under W&B, trackio or Comet.
 
-    Where `report_to` names none of them the table goes to `<output_dir>/generations/step-<n>.json`.  The rows are drawn anew at
-    each step, the same ones on all ranks; the model's generation config decides between greedy search and sampling.
+    Where `report_to` names none of them the table goes to `<output_dir>/generations/step-<n>.json`.  The rows are drawn
+    anew at each step, the same ones on all ranks; the model's generation config decides between greedy search and
+    sampling.
     """
     prompts = sample_prompts(dataset, trainer.args.eval_batch_size, seed=trainer.args.seed + trainer.state.global_step)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

@@ -22,7 +22,7 @@ from orpo_plugins.head import logits_of
 from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.interfaces import Objective
 from orpo_plugins.kernels.reference import objective_of_logits
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.predictions import IN_DECODER, Predictions
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ORPOLoss:
     The Trainer hands a loss function the step's token count and nothing else, so with several micro-batches or ranks
     per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
     weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always, and is needed
-    for batches in another layout than *padded*.
+    for batches in another layout than *padded*, and so for encoder-decoder models.
 
     Args:
         beta: the paper's lambda, >= 0.
@@ -46,6 +46,7 @@ class ORPOLoss:
     def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
         self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
         self._told = False
+        self._checked = False
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         """The loss of one micro-batch; `labels` is the table that `ORPOCollator` makes."""
@@ -64,6 +65,9 @@ class ORPOLoss:
                 "call fuse_head(trainer), or use ORPOCollator(..., layout='padded')"
             )
         predictions = Predictions.from_table(labels, logits.shape[0] // 2)
+        if not self._checked:
+            _check_model(outputs, labels)
+            self._checked = True
         own_tokens = predictions.in_nll.sum().clamp(min=1).float()
         tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
         tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)
@@ -80,6 +84,23 @@ class ORPOLoss:
             pair_loss=functools.partial(pair_loss, options=self.options, predictions=predictions, totals=totals),
         )
         return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective).loss
+
+
+def _check_model(outputs: Any, labels: Tensor) -> None:
+    """Raises `BatchError` where an encoder-decoder model ran without its decoder's inputs, or a decoder on its batch.
+
+    Some models (BART) make decoder inputs of their own from the prompt, and train on nonsense without a complaint.
+    """
+    if "encoder_last_hidden_state" in outputs:
+        raise BatchError(
+            "an encoder-decoder model's decoder needs inputs that only the fused head makes: use "
+            "ORPOCollator(..., layout='seq2seq') and call fuse_head(trainer)"
+        )
+    if bool((labels[:, 3] & IN_DECODER).any()):
+        raise BatchError(
+            "the batch is for an encoder-decoder model and this one has no encoder: use "
+            "ORPOCollator(..., layout='padded')"
+        )
 
 
 def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch") -> Trainer:

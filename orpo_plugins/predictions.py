@@ -5,8 +5,9 @@ this table.  It is the one interface between layouts and kernels.
 
 In a batch the table travels as a single `labels` tensor of shape [N, 4], int64, one line per
 prediction: (row of the flattened hidden states, token, sequence, terms).  `terms` is a bit set:
-`IN_ANSWER` counts in the sequence's mean log-probability, `IN_NLL` counts in the NLL.  Sequences
-0..B-1 are the chosen answers and B..2B-1 the rejected ones.  A pair without a rejected answer has no line for it.
+`IN_ANSWER` counts in the sequence's mean log-probability, `IN_NLL` counts in the NLL, and `IN_DECODER`
+says that the row stands in a decoder that has an encoder beside it.  Sequences 0..B-1 are the chosen
+answers and B..2B-1 the rejected ones.  A pair without a rejected answer has no line for it.
 
 Where pairs have weights or margins of their own the table is [N, 5]: behind every line stand those of its pair, two
 fp32 numbers in the bits of one int64, so that they go wherever the labels go.
@@ -22,6 +23,7 @@ from orpo_plugins.errors import BatchError
 
 IN_ANSWER = 1
 IN_NLL = 2
+IN_DECODER = 4
 IGNORE_INDEX = -100
 
 

@@ -17,7 +17,7 @@ from orpo_plugins.errors import BatchError, ModelError
 from orpo_plugins.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair, TokenSequence
 from orpo_plugins.layouts import Line, nll_targets
-from orpo_plugins.predictions import IGNORE_INDEX, IN_ANSWER, IN_NLL
+from orpo_plugins.predictions import IGNORE_INDEX, IN_ANSWER, IN_DECODER, IN_NLL
 
 DECODER_LABELS = "decoder_labels"
 """The key under which a batch carries the answers, -100 where there are none."""
@@ -111,7 +111,7 @@ def shifted(model: Any, labels: Tensor) -> Tensor:
 
 
 def _lines(answer: list[int], labels: list[int], row: int, width: int, *, chosen: bool) -> list[Line]:
-    terms = IN_ANSWER | (IN_NLL if chosen else 0)
+    terms = IN_DECODER | IN_ANSWER | (IN_NLL if chosen else 0)
     return [
         (row * width + position, token, row, terms)
         for position, (token, label) in enumerate(zip(answer, labels, strict=True))

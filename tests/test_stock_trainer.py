@@ -8,6 +8,8 @@ import tiny
 import torch
 from datasets import Dataset
 from helpers import assert_within
+from test_seq2seq import build as encoder_decoder
+from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -152,3 +154,56 @@ def test_labels_that_are_not_the_collators_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_returns_no_logits_is_refused() -> None:
     with pytest.raises(errors.BatchError, match="use_liger_kernel=True"):
         ORPOLoss()({"logits": None}, torch.zeros(3, 4, dtype=torch.long))
+
+
+def without_dropout(model: Any) -> Any:
+    """The model, in which training mode changes nothing."""
+    for module in model.modules():
+        for name in ("dropout", "dropout_rate", "p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def stock_encoder_decoder(folder: Path, name: str = "bart", layout: str = "seq2seq", **options: Any) -> Trainer:
+    """The same around an encoder-decoder model."""
+    trainer = stock(folder, **options)
+    trainer.model = trainer.model_wrapped = without_dropout(encoder_decoder(name))
+    trainer.data_collator = ORPOCollator(encoder_decoder_tokenizer(), max_length=512, layout=layout)
+    return trainer
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_model_trains_with_the_fused_head(name: str, tmp_path: Path) -> None:
+    trainer = fuse_head(stock_encoder_decoder(tmp_path, name, max_steps=1))
+    batch = trainer.data_collator(tiny.rows(16)[:2])
+    reference = without_dropout(encoder_decoder(name))
+    expected = orpo_forward(reference, batch, beta=0.2, kernel="reference").loss
+    expected.backward()
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(float(expected.detach()), rel=1e-6)]
+    changed = {key: p.detach() for key, p in trainer.model.named_parameters()}
+    for key, parameter in reference.named_parameters():
+        if parameter.grad is not None:
+            assert_within(changed[key], parameter.detach() - parameter.grad, 1e-5, key)
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "seq2seq"])
+def test_an_encoder_decoder_model_without_the_fused_head_is_refused(layout: str, tmp_path: Path) -> None:
+    message = r"encoder-decoder model's decoder needs inputs .* layout='seq2seq'\) and call fuse_head\(trainer\)"
+    with pytest.raises(errors.BatchError, match=message):
+        stock_encoder_decoder(tmp_path, layout=layout).train()
+
+
+def test_an_encoder_decoder_model_under_the_fused_head_needs_its_layout(tmp_path: Path) -> None:
+    for layout in ("auto", *LAYOUTS):
+        trainer = fuse_head(stock_encoder_decoder(tmp_path, "t5", layout=layout))
+        with pytest.raises(errors.BatchError, match=r"T5For.* make it with ORPOCollator\(\.\.\., layout='seq2seq'\)"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_decoder_refuses_batches_for_an_encoder_decoder_model(fused: bool, tmp_path: Path) -> None:
+    trainer = stock(tmp_path, layout="seq2seq")
+    with pytest.raises(errors.BatchError, match=r"for an encoder-decoder model and .* layout='padded'"):
+        (fuse_head(trainer) if fused else trainer).train()

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from orpo_plugins import plugins
+from orpo_plugins.batching import check_batch_options
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.forward import NLL_OVER, ORPOOptions
 from orpo_plugins.integrations.legacy_arguments import translate
@@ -59,6 +60,20 @@ class ORPOOwnFields:
             "(microbatch), or mean per answer, then over pairs (pair)."
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a training batch on one device, counted as the layout computes them; "
+            "None: batches are cut by pairs alone."
+        },
+    )
+    step_strategy: str = field(
+        default="pairs",
+        metadata={
+            "help": "What max_tokens_per_batch keeps: every optimizer step's number of pairs, with its batches cut as "
+            "evenly in tokens as possible (pairs), or batches as full as they get (tokens)."
+        },
+    )
     layout_check: bool = field(
         default=True, metadata={"help": "Compare the layout with padded on two rows before training."}
     )
@@ -84,6 +99,7 @@ class ORPOOwnFields:
     def check(self) -> None:
         """Raises `ConfigError` for an option that is unknown or out of range, before anything is loaded."""
         self.options()
+        check_batch_options(self.max_tokens_per_batch, self.step_strategy)
         if self.nll_over not in NLL_OVER:
             raise ConfigError(f"unknown nll_over {self.nll_over!r}; known: {NLL_OVER}")
         if self.layout != "auto":

@@ -27,6 +27,7 @@ from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.integrations.generation import log_generations
 from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
+from orpo_plugins.integrations.pair_loader import check_batches
 from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.pairs import PairOptions
 from orpo_plugins.plugins import best_layout, kernel
@@ -92,6 +93,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
             args._n_gpu = 1
         args.remove_unused_columns = False
         keep_batches_whole(args)
+        check_batches(args, train_dataset)
         layout = announce(example, args)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
         if train_dataset is not None:

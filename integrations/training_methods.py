@@ -25,6 +25,7 @@ from orpo_plugins.forward import (
 )
 from orpo_plugins.head import keep_four_bit_trainable
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
+from orpo_plugins.integrations.pair_loader import loader, pair_batches
 from orpo_plugins.layout_check import check_layout
 from orpo_plugins.objective import ORPOOutput
 
@@ -66,10 +67,15 @@ class ORPOMethods:
         return batches, totals[0]
 
     def get_train_dataloader(self) -> Any:
-        """Checks the layout first, where the model is whole; a loader's workers take the layout along."""
+        """Batches by tokens or by length where the arguments ask for them.
+
+        Checks the layout first, where the model is whole: what a pair costs depends on it, and a loader's workers take
+        it along.
+        """
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
             self._check_layout(self.model, may_fall_back=getattr(self.args, "layout", None) == "auto")  # type: ignore[attr-defined]
-        return super().get_train_dataloader()  # type: ignore[misc]
+        batches = pair_batches(self)
+        return super().get_train_dataloader() if batches is None else loader(self, batches)  # type: ignore[misc]
 
     def _check_layout(self, model: nn.Module, *, may_fall_back: bool) -> None:
         """Two rows through the layout and through *padded*, once per run.

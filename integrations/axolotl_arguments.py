@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator
 
 from orpo_plugins import plugins
+from orpo_plugins.batching import STEP_STRATEGIES
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.forward import NLL_NORMALIZATIONS, NLL_OVER
 from orpo_plugins.objective import check_coefficients
@@ -35,6 +36,13 @@ class ORPOInputArgs(BaseModel):
     )
     orpo_nll_normalization: str | None = Field(
         default=None, description="batch: token mean per optimizer step; microbatch: as TRL; pair: mean per answer."
+    )
+    orpo_max_tokens_per_batch: int | None = Field(
+        default=None, gt=0, description="Most tokens of a training batch, as the layout computes them."
+    )
+    orpo_step_strategy: str | None = Field(
+        default=None,
+        description="What orpo_max_tokens_per_batch keeps: each step's pairs (pairs), or full batches (tokens).",
     )
     orpo_odds_temperature: float | None = Field(
         default=None, description="Multiplies the log odds ratio inside the sigmoid; > 0."
@@ -83,6 +91,11 @@ class ORPOInputArgs(BaseModel):
     @classmethod
     def _nll_normalization_is_known(cls, value: str | None) -> str | None:
         return _one_of("orpo_nll_normalization", value, NLL_NORMALIZATIONS)
+
+    @field_validator("orpo_step_strategy")
+    @classmethod
+    def _step_strategy_is_known(cls, value: str | None) -> str | None:
+        return _one_of("orpo_step_strategy", value, STEP_STRATEGIES)
 
     @field_validator("orpo_truncation_mode")
     @classmethod
@@ -138,10 +151,20 @@ def check_beta(cfg: Mapping[str, Any]) -> None:
         check_coefficients(beta, 1.0)
 
 
+def check_steps(cfg: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for batches filled up to no limit."""
+    if cfg.get("orpo_step_strategy") == "tokens" and cfg.get("orpo_max_tokens_per_batch") is None:
+        raise ConfigError("orpo_step_strategy: tokens fills batches up to orpo_max_tokens_per_batch: set that too")
+
+
 def training_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `AxolotlORPOConfig` that come from our keys; absent keys leave the defaults."""
+    """The keyword arguments of `AxolotlORPOConfig` that come from our keys; absent keys leave the defaults.
+
+    And from `group_by_length`, which Axolotl passes on to other trainers only.
+    """
     names = {key: key.removeprefix("orpo_") for key in KEYS}
-    return {name: cfg.get(key) for key, name in names.items() if cfg.get(key) is not None}
+    arguments = {name: cfg.get(key) for key, name in names.items() if cfg.get(key) is not None}
+    return {**arguments, "train_sampling_strategy": "group_by_length"} if cfg.get("group_by_length") else arguments
 
 
 def _number(name: str, value: Any) -> float:

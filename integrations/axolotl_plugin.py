@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
 from orpo_plugins.errors import ConfigError, missing_extra
-from orpo_plugins.integrations.axolotl_arguments import check_beta, check_keys, training_arguments
+from orpo_plugins.integrations.axolotl_arguments import check_beta, check_keys, check_steps, training_arguments
 
 try:
     from axolotl.integrations.base import BasePlugin
@@ -35,7 +35,6 @@ WITHOUT_EFFECT = {
     "liger_fused_linear_cross_entropy": "the head is ours, see orpo_kernel",
     "flash_attn_cross_entropy": "the head is ours, see orpo_kernel",
     "train_on_inputs": "the prompt is in the NLL with orpo_nll_over: sequence and not with completion",
-    "group_by_length": "Axolotl does not pass it on to preference trainers",
     "pad_to_sequence_len": "batches are padded by the layout, see orpo_layout",
     "eval_sample_packing": "pairs are packed by the layout, see orpo_layout",
 }
@@ -53,7 +52,7 @@ class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
         """Checks the raw config and names our trainer in it.
 
         Raises:
-            ConfigError: an unknown `orpo_*` key, a foreign `trainer_cls`, `sample_packing`, or betas that disagree.
+            ConfigError: an unknown `orpo_*` key, a foreign `trainer_cls`, `sample_packing`, or keys that disagree.
         """
         self.active = cfg.get("rl") == "orpo"
         if not self.active:
@@ -61,13 +60,17 @@ class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
             return
         check_keys(list(cfg))
         check_beta(cfg)
+        check_steps(cfg)
         if cfg.get("trainer_cls") not in (None, TRAINER):
             raise ConfigError(
                 f"trainer_cls is {cfg['trainer_cls']!r}, but orpo-plugins brings the trainer for rl: orpo: "
                 "remove trainer_cls, or remove orpo_plugins.ORPOPlugin from plugins"
             )
         if cfg.get("sample_packing"):
-            raise ConfigError("sample_packing does not apply to pairs: remove it; orpo_layout: packed packs them")
+            raise ConfigError(
+                "sample_packing does not apply to pairs: remove it; orpo_layout: packed packs them, "
+                "and orpo_max_tokens_per_batch says how full a batch may be"
+            )
         for key, reason in WITHOUT_EFFECT.items():
             if cfg.get(key):
                 logger.warning("%s: %s has no effect under rl: orpo: %s", key, cfg[key], reason)

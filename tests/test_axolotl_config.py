@@ -61,10 +61,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"sample_packing": True},
         "sample_packing does not apply to pairs: remove it; orpo_layout: packed",
     ),
+    "batches filled up to no limit": (
+        {"orpo_step_strategy": "tokens"},
+        "orpo_step_strategy: tokens fills batches up to orpo_max_tokens_per_batch: set that too",
+    ),
+    "an unknown step strategy": (
+        {"orpo_max_tokens_per_batch": 900, "orpo_step_strategy": "rows"},
+        "unknown orpo_step_strategy 'rows'; known: pairs, tokens",
+    ),
 }
 
 ACCEPTED: dict[str, dict[str, Any]] = {
-    "settings without effect": {"chunked_cross_entropy": True, "group_by_length": True},
+    "settings without effect": {"chunked_cross_entropy": True, "pad_to_sequence_len": True},
     "beta by its other name": {"rl_beta": 0.2, "orpo_kernel": "chunked"},
     "another method": {"rl": "dpo", "orpo_kernel": "chunked"},
 }
@@ -118,7 +126,7 @@ def test_refused_with_one_clear_message(name: str, read: tuple[dict[str, Any], d
 def test_settings_without_effect_are_named(read: tuple[dict[str, Any], dict[str, str]]) -> None:
     log = read[1]["settings without effect"]
     assert "chunked_cross_entropy: True has no effect under rl: orpo: the head is ours, see orpo_kernel" in log
-    assert "group_by_length: True has no effect under rl: orpo" in log
+    assert "pad_to_sequence_len: True has no effect under rl: orpo: batches are padded by the layout" in log
 
 
 def test_keys_reach_the_validated_config_with_our_trainer(read: tuple[dict[str, Any], dict[str, str]]) -> None:

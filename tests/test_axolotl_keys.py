@@ -60,6 +60,8 @@ WIDE = {"initializer_range": 0.2}  # so that the answers' odds differ
 DATA = {"sft_rows": True, "train_on": "last"}
 LENGTHS = {"max_prompt_length": 9, "max_completion_length": 8, "truncation_mode": "keep_start"}
 LOSS = {"odds_temperature": 2.0, "nll_normalization": "pair", "loss_terms": {"sure": 0.25}}
+# One batch of all eight rows, where micro_batch_size alone would make eight.
+BATCHES = {"max_tokens_per_batch": 10_000, "step_strategy": "tokens"}
 OTHERS = {"kernel": "told", "layout": "packed", "nll_over": "completion", "memory_budget": 12345678}
 
 
@@ -105,7 +107,8 @@ def test_every_key_takes_effect(plugin: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setenv("PYTHONPATH", str(plugin))
     folder = folder_with_model(tmp_path, **WIDE)
-    keys = {f"orpo_{name}": value for name, value in {**DATA, **LENGTHS, **LOSS, **OTHERS, "alpha": 0.5}.items()}
+    keys = {f"orpo_{name}": value for name, value in {**DATA, **LENGTHS, **LOSS, **BATCHES, **OTHERS}.items()}
+    keys["orpo_alpha"] = 0.5
     assert set(keys) == {*AXOLOTL_KEYS, *KEYS}
     config = write_config(
         folder / "config.yml",
@@ -114,7 +117,8 @@ def test_every_key_takes_effect(plugin: Path, tmp_path: Path, monkeypatch: pytes
             dataset(write_rows(folder / "turns.jsonl", TURNS)),
         ],
         excess_length_strategy="truncate",
-        micro_batch_size=8,
+        micro_batch_size=1,
+        group_by_length=True,
         max_steps=1,
         **keys,
     )

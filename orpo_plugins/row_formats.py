@@ -6,6 +6,7 @@ error, with the column's name, so that one bad row in a good dataset is not repo
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,8 @@ _ROLES = {
     "observation": "tool",
 }
 """ShareGPT's names for the roles of chat templates; any other name is a role already."""
+_CALL = "function_call"
+"""ShareGPT's role of an assistant's message that is the JSON of a tool's call, or of several."""
 
 _OTHER_NAMES = {
     "prompt": ("question", "query", "instruction", "input", "context", "post", "user", "human"),
@@ -230,13 +233,47 @@ def _chat(
     plain: Preference | None = None,
 ) -> Preference:
     """Message lists, with the `system` column before them and what the template is to be given beside them."""
-    arguments: dict[str, Any] = dict(row.get("chat_template_kwargs") or {})
-    if isinstance(row.get("tools"), list | tuple) and row["tools"]:
-        arguments["tools"] = list(row["tools"])
+    given = row.get("chat_template_kwargs") or {}
+    if not isinstance(given, Mapping):
+        raise RowError(f"column 'chat_template_kwargs' is {_kind(given)}, expected a mapping")
+    arguments: dict[str, Any] = dict(given)
+    if tools := _tools(row.get("tools")):
+        arguments["tools"] = tools
     system = _system_text(row.get("system"))
     if system.strip() and prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected, template_arguments=arguments, plain=plain)
+
+
+def _tools(value: Any) -> list[Any]:
+    """The tools of a row: a list of their JSON schemas, or the JSON text of one."""
+    tools = _from_json(value, "column 'tools'") if isinstance(value, str) and value.strip() else value
+    if tools in (None, "") or isinstance(tools, list | tuple):
+        return list(_without_none(tools or []))
+    raise RowError(f"column 'tools' is {_kind(value)}, expected a list of JSON schemas, or the JSON text of one")
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """ShareGPT's calls, as chat templates read them."""
+    calls = _from_json(value, where)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise RowError(f"{where} is {_kind(value)}, expected the JSON of a call: name and arguments")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _from_json(value: Any, where: str) -> Any:
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"{where} is {_kind(value)}, which is no JSON: {error}") from error
+
+
+def _without_none(value: Any) -> Any:
+    """Mappings without keys that are None, all the way down: Arrow fills in what other rows have."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _system_text(value: Any) -> str:
@@ -286,15 +323,18 @@ def _message(message: Any, where: str) -> Message:
     content = rest.pop("content") if "content" in rest else rest.pop("value", None)
     if not isinstance(role, str):
         raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
-    if content is None and "tool_calls" in rest:
-        content = ""
+    if role == _CALL:
+        rest["tool_calls"], content = _calls(content, where), ""
+    if calls := rest.get("tool_calls"):
+        calls = _from_json(calls, f"tool_calls of {where}") if isinstance(calls, str) else calls
+        rest["tool_calls"], content = _without_none(calls), content or ""
     if isinstance(content, list | tuple):
         kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
         if other := next((kind for kind in kinds if kind != "text"), None):
             raise RowError(f"{where} holds a part of type {other!r}, but only text can be trained on. {_TEXT_ONLY}")
     if not isinstance(content, str | list | tuple):
         raise RowError(f"{where} has {_kind(content)} as its content, expected a string: keys {', '.join(message)}")
-    return {"role": _ROLES.get(role, role), "content": content, **rest}
+    return {"role": "assistant" if role == _CALL else _ROLES.get(role, role), "content": content, **rest}
 
 
 def _remedy(column: str, value: Any) -> str:

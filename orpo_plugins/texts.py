@@ -41,6 +41,11 @@ class TextBuilder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
+    @functools.cached_property
+    def _written(self) -> set[str]:
+        """Which of "tools" and "tool_calls" the template has been seen to write."""
+        return set()
+
     def unusable(self, preference: Preference) -> str | None:
         """Why a row cannot be used, as far as its text tells."""
         prompt = preference.prompt
@@ -121,6 +126,8 @@ class TextBuilder:
         prompt, arguments = list(preference.prompt), dict(preference.template_arguments)
         answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected) if answer is not None]
         full = [self._render(prompt + answer, arguments) for answer in answers]
+        for answer, text in zip(answers, full, strict=True):
+            self._check_tools(prompt + answer, arguments, text)
         starts_answer = all(answer[0]["role"] == "assistant" for answer in answers)
         one_turn = starts_answer and all(len(answer) == 1 for answer in answers)
         opened = self._render(prompt, arguments, add_generation_prompt=starts_answer)
@@ -158,10 +165,37 @@ class TextBuilder:
         self, messages: list[Message], turn: int, following: int, arguments: dict[str, Any], *, opens: bool
     ) -> int:
         """Characters that the template writes after a turn's closing, up to the opening of the next turn."""
-        stand_in = [*messages[:turn], {"role": "assistant", "content": _STAND_IN}]
+        # With its calls, because a template may want one before a tool's answer.
+        calls = {key: value for key, value in messages[turn].items() if key == "tool_calls"}
+        stand_in = [*messages[:turn], {"role": "assistant", "content": _STAND_IN, **calls}]
         closed = self._render(stand_in, arguments).rpartition(_STAND_IN)[2]
         whole = self._render(stand_in + messages[turn + 1 : following], arguments, add_generation_prompt=opens)
         return max(0, len(whole.rpartition(_STAND_IN)[2]) - len(closed))
+
+    def _check_tools(self, messages: list[Message], arguments: dict[str, Any], text: str) -> None:
+        """Raises `RowError` where the template leaves out tools or their calls, once it is known not to do so."""
+        if arguments.get("tools") and "tools" not in self._written:
+            without = {key: value for key, value in arguments.items() if key != "tools"}
+            if self._gives(messages, without, text):
+                raise RowError(
+                    "the row has tools, but the chat template does not write them, so the model would not know of "
+                    "them: use a template that does, or remove the column"
+                )
+            self._written.add("tools")
+        if any(message.get("tool_calls") for message in messages) and "tool_calls" not in self._written:
+            bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+            if self._gives(bare, arguments, text):
+                raise RowError(
+                    "the messages hold tool_calls, but the chat template does not write them: use a template that "
+                    "does, or filter such rows out"
+                )
+            self._written.add("tool_calls")
+
+    def _gives(self, messages: list[Message], arguments: dict[str, Any], text: str) -> bool:
+        try:
+            return self._render(messages, arguments) == text
+        except RowError:  # what was left out is missed
+            return False
 
     def _render(self, messages: list[Message], arguments: dict[str, Any], **options: Any) -> str:
         try:

@@ -14,14 +14,27 @@ from launching import run_worker
 from test_seq2seq import build
 from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 from training import config, logged, trainer
+from transformers import Trainer, TrainingArguments
 
-from orpo_plugins import ORPOCollator, ORPOTrainer
+from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, fuse_head
 from orpo_plugins.batching import PairBatches, pair_tokens
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.integrations.pair_loader import sizes
+from orpo_plugins.integrations.pair_loader import loader, sizes
+from orpo_plugins.pairs import PairOptions
+from orpo_plugins.preparation import prepare_dataset
 
 ROWS = tiny.skewed_rows(48)
 LIMIT = 1200
+ARGUMENTS: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "per_device_train_batch_size": 2,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 def computed(batch: dict[str, Any]) -> int:
@@ -289,3 +302,44 @@ def test_two_ranks_end_their_epochs_together(which: int, on_two_ranks: list[dict
     steps = [entry["step"] for entry in logs if "loss" in entry]
     assert steps == list(range(1, len(steps) + 1))
     assert which == 3 or len(steps) == 12
+
+
+def test_a_stock_trainer_takes_the_same_batches(tmp_path: Path) -> None:
+    class TokenBatchesTrainer(Trainer):  # type: ignore[misc]
+        def get_train_dataloader(self) -> Any:
+            lengths, padded = sizes(self.train_dataset, self.data_collator)
+            made = PairBatches(
+                lengths,
+                padded=padded,
+                pairs_per_batch=2,
+                gradient_accumulation_steps=4,
+                max_tokens_per_batch=LIMIT,
+                ranks=self.args.world_size,
+                rank=self.args.process_index,
+                seed=self.args.seed,
+            )
+            return loader(self, made)
+
+    options: dict[str, Any] = {"max_steps": 3, "gradient_accumulation_steps": 4, "learning_rate": 0.5, "seed": 7}
+    ours, _ = run(
+        tmp_path, model=tiny.model(initializer_range=0.2), max_tokens_per_batch=LIMIT, layout="padded", **options
+    )
+    stock = TokenBatchesTrainer(
+        model=tiny.model(initializer_range=0.2),
+        args=TrainingArguments(**ARGUMENTS, **options, output_dir=str(tmp_path), remove_unused_columns=False),
+        train_dataset=prepare_dataset(ROWS, tiny.tokenizer(), PairOptions(max_length=512))[0],
+        data_collator=ORPOCollator(tiny.tokenizer(), max_length=512),
+        compute_loss_func=ORPOLoss(),
+    )
+    fuse_head(stock).train()
+    assert_all_within(dict(stock.model.named_parameters()), weights(ours), 1e-6)
+
+
+def test_the_options_are_flags_of_the_command_line() -> None:
+    pytest.importorskip("trl")
+    from orpo_plugins.integrations.trl_script import make_parser
+
+    flags = ["--dataset_name", "rows", "--max_tokens_per_batch", "4096", "--step_strategy", "tokens"]
+    parsed = make_parser().parse_args_and_config(args=[*flags, "--use_cpu", "True"])
+    arguments = next(part for part in parsed if hasattr(part, "max_tokens_per_batch"))
+    assert (arguments.max_tokens_per_batch, arguments.step_strategy) == (4096, "tokens")

@@ -76,12 +76,16 @@ def in_steps(batches: list[list[str]], accumulation: int) -> list[list[str]]:
     return [sorted(chain(*batches[at : at + accumulation])) for at in range(0, len(batches), accumulation)]
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize(
+    ("layout", "normalization"),
+    [("padded", "batch"), ("packed", "batch"), ("shared", "batch"), ("shared", "pair")],
+)
 def test_steps_and_weights_are_those_of_plain_batches_and_no_batch_is_over_the_limit(
-    layout: str, tmp_path: Path
+    layout: str, normalization: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
         "layout": layout,
+        "nll_normalization": normalization,
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 8,
@@ -94,7 +98,8 @@ def test_steps_and_weights_are_those_of_plain_batches_and_no_batch_is_over_the_l
     assert in_steps(evenly.rows, 8)[:3] == in_steps(plainly.rows, 8)[:3]
     assert {len(rows) for rows in evenly.rows} != {2}
     assert_all_within(weights(cut), weights(plain), 1e-5)
-    assert_within(torch.tensor(logged(cut, "loss")), torch.tensor(logged(plain, "loss")), 1e-5)
+    for key in ("loss", "nll_loss", "log_odds_ratio", "rewards/margins", "answer_tokens/chosen"):
+        assert_within(torch.tensor(logged(cut, key)), torch.tensor(logged(plain, key)), 1e-5, key)
 
 
 @pytest.mark.parametrize("strategy", ["pairs", "tokens"])
@@ -119,10 +124,26 @@ def test_every_row_is_seen_once_per_epoch_and_epochs_differ(strategy: str, sampl
     assert made.state.epoch == 2
 
 
+def test_pairs_that_fill_no_batch_are_dropped_where_asked(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "rows": Dataset.from_list(ROWS[:13]),
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": 4,
+        "dataloader_drop_last": True,
+    }
+    plain, plainly = run(tmp_path, **options)
+    cut, evenly = run(tmp_path, max_tokens_per_batch=LIMIT, **options)
+    assert cut.state.global_step == plain.state.global_step == 2
+    assert sorted(chain(*evenly.rows)) == sorted(chain(*plainly.rows))
+    assert len(evenly.rows) == len(plainly.rows) == 6
+
+
 def test_by_tokens_a_step_has_as_many_pairs_as_fit(tmp_path: Path) -> None:
     _, seen = run(tmp_path, max_steps=3, max_tokens_per_batch=LIMIT, step_strategy="tokens", layout="shared")
     assert min(len(rows) for rows in seen.rows) > 4
-    assert min(seen.tokens) > 0.6 * LIMIT
+    assert len(seen.tokens) == 3
+    assert min(seen.tokens[:2]) > 0.95 * LIMIT
 
 
 def test_grouping_by_length_saves_padding(tmp_path: Path) -> None:
@@ -252,7 +273,10 @@ def test_what_batches_by_tokens_cannot_go_with_is_named(options: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens_per_batch": 20}, r"row \d+ takes \d+ tokens by itself, more than max_tokens_per_batch=20"),
+        (
+            {"max_tokens_per_batch": 20},
+            r"row \d+ of those kept takes \d+ tokens by itself, more than max_tokens_per_batch=20",
+        ),
         (
             {"max_tokens_per_batch": 400, "per_device_train_batch_size": 8},
             "raise gradient_accumulation_steps and lower the batch size as much, raise max_tokens_per_batch, or set "
@@ -271,6 +295,8 @@ def test_a_limit_that_cannot_be_kept_is_named_before_the_first_step(
 
 DDP: dict[str, Any] = {"rows": 40, "learning_rate": 0.5, "max_steps": 5, "gradient_accumulation_steps": 4}
 
+TWICE = {**DDP, "rows": 32, "max_steps": 8, "per_device_train_batch_size": 1, "max_tokens_per_batch": 800}
+
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -282,6 +308,9 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
         | {"max_tokens_per_batch": 800},
         {**DDP, "rows": 41, "max_steps": -1, "num_train_epochs": 2, "max_tokens_per_batch": 1500}
         | {"step_strategy": "tokens", "train_sampling_strategy": "group_by_length"},
+        # Two epochs of four steps, and from the third step of the second again.
+        {**TWICE, "save_strategy": "steps", "save_steps": 6},
+        {**TWICE, "resume": 6},
     ]
     return run_worker("train_ddp.py", runs, tmp_path_factory.mktemp("two") / "results", ranks=2)
 
@@ -302,6 +331,13 @@ def test_two_ranks_end_their_epochs_together(which: int, on_two_ranks: list[dict
     steps = [entry["step"] for entry in logs if "loss" in entry]
     assert steps == list(range(1, len(steps) + 1))
     assert which == 3 or len(steps) == 12
+
+
+def test_on_two_ranks_a_resumed_run_ends_where_an_uninterrupted_one_does(on_two_ranks: list[dict[str, Any]]) -> None:
+    whole, resumed = on_two_ranks[4:]
+    # The checkpoint's log goes on.
+    assert [entry["step"] for entry in resumed["logs"] if "loss" in entry] == list(range(1, 9))
+    assert_all_within(resumed["change"], whole["change"], 1e-6)
 
 
 def test_a_stock_trainer_takes_the_same_batches(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def train(options: dict[str, Any], folder: str) -> dict[str, Any]:
     """{"change": what training changed in the weights, "logs": the log history, "eval": metrics} of one run."""
     rows = tiny.skewed_rows(options.pop("rows"))
     eval_rows = tiny.rows(options.pop("eval_rows", 0))
+    resume = options.pop("resume", None)  # the step of a checkpoint of an earlier run
     streaming = options.pop("streaming", False)
     arguments = {
         "output_dir": folder,
@@ -46,7 +47,7 @@ def train(options: dict[str, Any], folder: str) -> dict[str, Any]:
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tiny.tokenizer(),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{resume}" if resume else None)
     metrics = trainer.evaluate() if eval_rows else {}
     change = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
     return {"change": change, "logs": trainer.state.log_history, "eval": metrics}

@@ -325,8 +325,8 @@ class PairBatches(Sampler[list[int]]):
         for row in range(len(self.lengths)):
             if self._alone(row) > self.max_tokens:
                 raise ConfigError(
-                    f"row {row} of those kept takes {self._alone(row)} tokens by itself, more than max_tokens_per_batch="
-                    f"{self.max_tokens}: lower max_length, leave the row out, or raise max_tokens_per_batch"
+                    f"row {row} of those kept takes {self._alone(row)} tokens by itself, more than "
+                    f"max_tokens_per_batch={self.max_tokens}: lower max_length, leave the row out, or raise the limit"
                 )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
 from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.predictions import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -156,6 +157,7 @@ def cache_key(cfg: Any, split: str, tokenizer: Any) -> str:
         "files": [_digest(Path(dataset.path)) for dataset in cfg[split] if dataset.path],
         "chat_template": str(getattr(tokenizer, "chat_template", None)),
         "vocabulary": len(tokenizer),
+        "encoder_decoder": has_encoder(cfg),
         "keys": {key: value for key, value in cfg.items() if key in _KEYS_IN_CACHE},
     }
     return "orpo-" + hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -195,7 +197,9 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     pairs, report = prepare_dataset(rows, _with_template(tokenizer, dataset), options, num_proc=processes, name=name)
     if report.all_whole():  # else it is in the log already, as a warning
         logger.info("%s", report.summary())
-    return pairs if strategy == "truncate" else within(pairs, cfg.sequence_len, strategy, name)
+    if strategy == "truncate":
+        return pairs
+    return within(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
 
 
 def raw_rows(dataset: Any, cfg: Any) -> Any:
@@ -268,9 +272,17 @@ def pair_options(cfg: Any, *, truncate: bool) -> Any:
         max_prompt_length=cfg.orpo_max_prompt_length,
         max_completion_length=cfg.orpo_max_completion_length,
         truncation_mode=cfg.orpo_truncation_mode or "keep_end",
+        encoder_decoder=has_encoder(cfg),
         sft_rows=bool(cfg.orpo_sft_rows),
         train_on=cfg.orpo_train_on or "all_assistant",
     )
+
+
+def has_encoder(cfg: Any) -> bool:
+    """Whether the model is an encoder-decoder model, whose prompts and answers are tokenized each by itself."""
+    from axolotl.loaders.utils import load_model_config
+
+    return bool(getattr(load_model_config(cfg), "is_encoder_decoder", False))
 
 
 def _with_template(tokenizer: Any, dataset: Any) -> Any:
@@ -284,9 +296,13 @@ def _with_template(tokenizer: Any, dataset: Any) -> Any:
     return own
 
 
-def within(pairs: Any, limit: int, strategy: str, name: str) -> Any:
-    """The pairs of which both sequences fit; the others are dropped and counted, or the first of them is an error."""
-    lengths = [max(map(len, ids)) for ids in zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)]
+def within(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder: bool = False) -> Any:
+    """The pairs of which both sequences fit; the others are dropped and counted, or the first of them is an error.
+
+    With an encoder, prompts and answers have to fit each by itself.
+    """
+    sides = [_lengths(pairs[f"{side}_labels"], encoder_decoder) for side in ("chosen", "rejected")]
+    lengths = list(map(max, zip(*sides, strict=True)))
     too_long = [row for row, length in enumerate(lengths) if length > limit]
     if not too_long:
         return pairs
@@ -306,3 +322,11 @@ def within(pairs: Any, limit: int, strategy: str, name: str) -> Any:
         longest,
     )
     return pairs.select([row for row, length in enumerate(lengths) if length <= limit])
+
+
+def _lengths(labels: Any, encoder_decoder: bool) -> list[int]:
+    """The length of each sequence, or of the longer of its prompt and its answer."""
+    if not encoder_decoder:
+        return list(map(len, labels))
+    prompts = [next((i for i, label in enumerate(row) if label != IGNORE_INDEX), len(row)) for row in labels]
+    return [max(prompt, len(row) - prompt) for prompt, row in zip(prompts, labels, strict=True)]

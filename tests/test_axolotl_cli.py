@@ -23,6 +23,8 @@ from axolotl_runs import (
 )
 from helpers import assert_all_within, assert_within
 from safetensors.torch import load_file
+from test_seq2seq import build as encoder_decoder
+from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 
 from orpo_plugins.preparation import prepare_dataset
 
@@ -226,3 +228,25 @@ def test_real_rows_full_fine_tuning_with_every_key_set(tmp_path: Path, files: tu
     assert "kernel=reference, layout=padded, nll_over=completion, nll_normalization=pair" in log
     assert "train_on_inputs: True has no effect under rl: orpo" in log
     assert [entry["step"] for entry in logged(folder / "out") if "eval_loss" in entry] == [0, 2]
+
+
+def test_an_encoder_decoder_model_has_its_prompts_tokenized_by_themselves(tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    from orpo_plugins.pairs import PairOptions
+
+    encoder_decoder("t5").save_pretrained(tmp_path / "model")
+    encoder_decoder_tokenizer().save_pretrained(tmp_path / "model")
+    rows = tiny.rows(8)
+    config = write_config(
+        tmp_path / "config.yml",
+        datasets=[dataset(write_rows(tmp_path / "rows.jsonl", rows))],
+        type_of_model="AutoModelForSeq2SeqLM",
+        max_steps=1,
+    )
+    log = axolotl("train", config)
+    assert "layout=seq2seq" in log
+    cached = load_from_disk(next(iter((tmp_path / "prepared").glob("orpo-*"))))
+    pairs, _ = prepare_dataset(rows, encoder_decoder_tokenizer(), PairOptions(encoder_decoder=True))
+    assert sorted(cached["chosen_input_ids"]) == sorted(pairs["chosen_input_ids"])
+    assert len([entry for entry in logged(tmp_path / "out") if "loss" in entry]) == 1

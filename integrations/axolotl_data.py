@@ -301,7 +301,8 @@ def within(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder:
 
     With an encoder, prompts and answers have to fit each by itself.
     """
-    sides = [_lengths(pairs[f"{side}_labels"], encoder_decoder) for side in ("chosen", "rejected")]
+    measure, column = (_longer_part, "labels") if encoder_decoder else (len, "input_ids")
+    sides = [map(measure, pairs[f"{side}_{column}"]) for side in ("chosen", "rejected")]
     lengths = list(map(max, zip(*sides, strict=True)))
     too_long = [row for row, length in enumerate(lengths) if length > limit]
     if not too_long:
@@ -324,9 +325,7 @@ def within(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder:
     return pairs.select([row for row, length in enumerate(lengths) if length <= limit])
 
 
-def _lengths(labels: Any, encoder_decoder: bool) -> list[int]:
-    """The length of each sequence, or of the longer of its prompt and its answer."""
-    if not encoder_decoder:
-        return list(map(len, labels))
-    prompts = [next((i for i, label in enumerate(row) if label != IGNORE_INDEX), len(row)) for row in labels]
-    return [max(prompt, len(row) - prompt) for prompt, row in zip(prompts, labels, strict=True)]
+def _longer_part(labels: list[int]) -> int:
+    """The length of the prompt or the answer, whichever is longer."""
+    prompt = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    return max(prompt, len(labels) - prompt)

@@ -190,9 +190,11 @@ def disable_dropout(model: nn.Module) -> None:
 def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     """The model wrapped with PEFT, prepared for k-bit training where it is quantized."""
     try:
-        from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+        from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
         raise missing_extra("peft", "peft") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(f"peft_config is {peft_config!r}: pass one of PEFT's own, LoraConfig(...) for one")
     if isinstance(model, PeftModel):
         raise ConfigError(
             "peft_config is set but the model already carries an adapter: merge it first, or drop peft_config"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orpo_plugins import plugins
 from orpo_plugins.collator import ORPOCollator
-from orpo_plugins.errors import ModelError
+from orpo_plugins.errors import ConfigError, ModelError
 from orpo_plugins.forward import (
     Denominators,
     ORPOOptions,
@@ -32,6 +32,20 @@ from orpo_plugins.objective import ORPOOutput
 logger = logging.getLogger(__name__)
 
 
+_LOSS = "a loss term or a metric of a plugin (docs/plugins.md), or compute_loss"
+_NOT_CALLED = {
+    "build_tokenized_answer": "tokenized rows, or a row format of a plugin (docs/plugins.md)",
+    "tokenize_row": "tokenized rows, or a row format of a plugin (docs/plugins.md)",
+    "concatenated_inputs": "data_collator",
+    "concatenated_forward": _LOSS,
+    "get_batch_logps": _LOSS,
+    "get_batch_loss_metrics": _LOSS,
+    "odds_ratio_loss": _LOSS,
+    "generate_from_model": "evaluation_loop",
+}
+"""Methods of TRL's trainer that people override and that nothing here calls: what does the same."""
+
+
 class ORPOMethods:
     """Loss, step totals, evaluation and logging of ORPO over any subclass of `transformers.Trainer`."""
 
@@ -41,8 +55,23 @@ class ORPOMethods:
     model_accepts_loss_kwargs: bool
     loss_is_scaled_for_ga: bool | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises `ConfigError` for a subclass with a method of TRL's trainer that would never be called."""
+        super().__init_subclass__(**kwargs)
+        for base in itertools.takewhile(lambda base: base is not ORPOMethods, cls.__mro__):
+            for name in _NOT_CALLED.keys() & vars(base).keys():
+                raise ConfigError(
+                    f"{base.__name__}.{name} would never be called: {cls.__name__} is not built on TRL's trainer. In "
+                    f"its place: {_NOT_CALLED[name]}"
+                )
+
     def set_up_orpo(self, options: ORPOOptions) -> None:
-        """Called once, after the base class is initialized."""
+        """Called once, after the base class is initialized; `ConfigError` for an argument that would be ignored."""
+        if self.args.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, and ORPO's loss smooths no labels: "
+                "leave it out"
+            )
         self.orpo_options = options
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None

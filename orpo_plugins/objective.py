@@ -166,7 +166,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def check_coefficients(beta: float, odds_temperature: float) -> None:
     """Raises `ConfigError` for a coefficient that would turn the preference around or make it vanish."""
-    if not 0 <= beta < float("inf"):
-        raise ConfigError(f"beta is {beta}: it weighs the odds-ratio term and must be a finite number >= 0")
-    if not 0 < odds_temperature < float("inf"):
-        raise ConfigError(f"odds_temperature is {odds_temperature}: it must be a finite number > 0")
+    if not isinstance(beta, int | float) or not 0 <= beta < float("inf"):
+        raise ConfigError(f"beta is {beta!r}: it weighs the odds-ratio term and must be a finite number >= 0")
+    if not isinstance(odds_temperature, int | float) or not 0 < odds_temperature < float("inf"):
+        raise ConfigError(f"odds_temperature is {odds_temperature!r}: it must be a finite number > 0")

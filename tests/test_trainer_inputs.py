@@ -143,6 +143,10 @@ def test_batches_are_not_cut_apart_between_ranks(tmp_path: Path) -> None:
         ({"nll_normalization": "mean"}, "unknown nll_normalization 'mean'"),
         ({"beta": -0.1}, "beta is -0.1: .* must be a finite number >= 0"),
         ({"beta": float("nan")}, "beta is nan"),
+        ({"beta": "0.1"}, "beta is '0.1'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and ORPO's loss smooths no labels"),
+        ({"padding_value": -1}, "padding_value is -1: it is a token's id"),
+        ({"peft_config": {"r": 4}}, r"peft_config is {'r': 4}: pass one of PEFT's own, LoraConfig\(...\) for one"),
         ({"odds_temperature": 0.0}, "odds_temperature is 0.0: it must be a finite number > 0"),
         ({"loss_terms": {"length": 1.0}}, "unknown loss term 'length'"),
         ({"truncation_mode": "keep_middle"}, "unknown truncation_mode 'keep_middle'"),
@@ -158,3 +162,11 @@ def test_a_bad_option_is_one_clear_error(options: dict[str, Any], message: str, 
 def test_an_unknown_argument_names_the_one_that_was_meant(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="no option .max_lenght.; did you mean .max_length."):
         config(tmp_path, max_lenght=3)
+
+
+@pytest.mark.parametrize("name", ["odds_ratio_loss", "get_batch_loss_metrics", "tokenize_row", "concatenated_inputs"])
+def test_a_method_of_trls_trainer_that_would_not_be_called_is_refused(name: str) -> None:
+    mixin = type("Mine", (), {name: lambda self: None})
+    with pytest.raises(errors.ConfigError, match=rf"Mine\.{name} would never be called: .* In its place: "):
+        type("Trainer", (mixin, ORPOTrainer), {})
+    assert type("Trainer", (ORPOTrainer,), {"log": lambda self: None})

@@ -68,6 +68,8 @@ def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
     side = 1 if encoder else -1
     input_ids = torch.tensor([_joined(prompt, [pad] * (width - len(prompt)), side) for prompt in prompts])
     mask = torch.tensor([_joined([1] * len(prompt), [0] * (width - len(prompt)), side) for prompt in prompts])
+    # A router's loss is none of generation's business, and transformers (5.16 to 5.23) fails on it beside a cache.
+    routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
         whole = model.generate(
             input_ids=input_ids.to(device),
@@ -77,6 +79,7 @@ def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
             use_cache=True,
             # Sharded weights are gathered by all ranks together, so none may stop before the others.
             synced_gpus=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+            **routers,
         )
     answers: Tensor = whole[:, 1 if encoder else width :]  # a decoder with an encoder returns its start token first
     return answers

@@ -25,7 +25,7 @@ NEW_TOKENS = 5
 
 def made(folder: Path, **options: Any) -> ORPOTrainer:
     """A trainer that evaluates after steps 2 and 4, and generates from two prompts each time."""
-    model = tiny.model()
+    model = options.pop("model", None) or tiny.model()
     model.generation_config.max_new_tokens = NEW_TOKENS
     defaults: dict[str, Any] = {
         "eval_dataset": tiny.rows(6),
@@ -87,6 +87,15 @@ def test_each_further_token_is_a_pass_over_one_token(tmp_path: Path) -> None:
     hook.remove()
     assert widths[0] == 4
     assert set(widths[1:]) == {1}
+
+
+def test_a_mixture_of_experts_generates_what_it_does_without_its_routers_loss(tmp_path: Path) -> None:
+    ids, plain = [5, 6, 7, 8], tiny.mixture_of_experts().eval()
+    plain.config.output_router_logits = False
+    expected = plain.generate(torch.tensor([ids]), attention_mask=torch.ones(1, 4).long(), max_new_tokens=NEW_TOKENS)
+    trainer = made(tmp_path, model=tiny.mixture_of_experts())
+    assert generate(trainer, [ids], pad=0)[0].tolist() == expected[0, 4:].tolist()
+    assert trainer.model.config.output_router_logits
 
 
 def test_training_goes_on_as_without_generation(tmp_path: Path) -> None:

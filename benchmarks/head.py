@@ -70,6 +70,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.accuracy:
         arguments.vocabulary, arguments.pairs, arguments.tokens = [8191], [2], [128]
+    if arguments.curve:
+        arguments.head = ["trainable"]
     if arguments.name is None:
         kind = "curve" if arguments.curve else "accuracy" if arguments.accuracy else "gpu" if cuda else "cpu"
         arguments.name = f"head_{kind}"
@@ -93,8 +95,9 @@ def plan(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         if arguments.curve:
             lines = 3 * pairs * tokens // 2
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-                budget = int(share * lines * vocabulary * DTYPES[dtype].itemsize * 1.05) + 40 * 2**20
+            everything = int(1.05 * lines * vocabulary * DTYPES[dtype].itemsize) + 40 * 2**20
+            yield cell | {"peer": "ours"}
+            for budget in (0, *(int(share * everything) for share in (0.25, 0.5, 0.75, 1.0))):
                 yield cell | {"peer": f"ours, budget {budget / 2**20:.0f} MiB", "budget": budget}
         else:
             yield from (cell | {"peer": peer} for peer in arguments.peers)

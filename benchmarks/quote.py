@@ -88,6 +88,37 @@ def head() -> str:
     )
 
 
+def head_curve() -> str:
+    """Time against memory_budget, ours with a trainable head."""
+    result = results("head_curve")
+    rows = []
+    for row in result["rows"]:
+        budget = f"{row['budget'] / 2**20:.0f} MiB" if "budget" in row else "default"
+        cell = f"{row['vocabulary'] // 1000}k {row['dtype']}"
+        rows.append([cell, budget, f"{row['seconds']:.3g}", f"{row['peak_mib']:.0f}"])
+    return table(["trainable", "`memory_budget`", "CPU s", "MiB, gradients included"], rows) + source(result)
+
+
+def head_growth() -> str:
+    """Memory at both ends of each axis, by peer and head."""
+    result = results("head_growth")
+    found = {(r["head"], r["axis"], r["peer"], r[r["axis"]]): r for r in result["rows"] if "error" not in r}
+    sizes = {axis: sorted({r[axis] for r in result["rows"] if r["axis"] == axis}) for axis in ("tokens", "vocabulary")}
+    ends = [(axis, size) for axis, known in sizes.items() for size in (known[0], known[-1])]
+
+    def figure(kind: str, peer: str, axis: str, size: int) -> str:
+        row = found.get((kind, axis, peer, size))
+        return "" if row is None else f"{'~' if row['analytic'] else ''}{max(row['beyond_mib'], 0):.0f}"
+
+    rows = [
+        [f"{kind}: {peer}", *(figure(kind, peer, axis, size) for axis, size in ends)]
+        for kind in dict.fromkeys(r["head"] for r in result["rows"])
+        for peer in dict.fromkeys(r["peer"] for r in result["rows"])
+    ]
+    header = ["MiB", *(f"{size:,} {'entries' if axis == 'vocabulary' else axis}" for axis, size in ends)]
+    return table(header, rows) + "\n~: in proportion from the largest size that was measured.\n" + source(result)
+
+
 def step() -> str:
     """Ratio of CPU time per training step, TRL's over ours, by rows and setting."""
     rows, last = [], {}
@@ -121,6 +152,8 @@ def step() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "head": head,
+    "head-curve": head_curve,
+    "head-growth": head_growth,
     "paper-observation": paper_observation,
     "politeness": politeness,
     "step": step,

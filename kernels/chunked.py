@@ -54,7 +54,8 @@ def chunked_head(
 
     `memory_budget` buys kept tiles: each byte beyond the working set of a few tiles saves its share of the fourth
     matrix product of a trainable head.  The default is 2.5 times the returned weight gradient for 16-bit dtypes and
-    nothing for wider ones, whose tiles take twice the memory for the same saving.
+    nothing for wider ones, whose tiles take twice the memory for the same saving.  A budget below the working set
+    makes the tiles smaller, and the head slower.
     """
     return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps())
 
@@ -199,18 +200,35 @@ class Tiling:
 
     @classmethod
     def plan(cls, hidden: Tensor, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
-        """Tiles that stay in a CPU's caches, or fill a GPU; and what the budget keeps."""
+        """Tiles that stay in a CPU's caches, or fill a GPU; smaller ones where the budget asks; and what it keeps."""
         (count, width), vocabulary = hidden.shape, weight.shape[0]
-        lines, columns, block = (4096, 8192, 8192) if hidden.is_cuda else (256, 1024, 4096)
-        lines, columns, block = min(lines, max(count, 1)), min(columns, vocabulary), min(block, max(count, 1))
+        itemsize = working_dtype(hidden.dtype, hidden.device).itemsize
+
+        def working_set(lines: int, columns: int) -> int:
+            return lines * columns * (4 + itemsize) + 4 * width * (count + 2 * lines + columns)
+
+        if hidden.is_cuda:
+            lines, columns, narrowest, smallest = 4096, 8192, 4096, 2**21
+        else:
+            lines, columns, narrowest, smallest = 1024 // itemsize, 1024, 128, 2**16
+        budget = options.memory_budget
+        while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:
+            lines, columns = (lines // 2, columns) if 2 * lines >= columns else (lines, columns // 2)
+        block = min(lines * columns // narrowest, max(count, 1))
+        lines, columns = _even(count, lines), min(columns, vocabulary)
         kept = 0
         if trainable:
-            itemsize = working_dtype(hidden.dtype, hidden.device).itemsize
-            working_set = lines * columns * (4 + itemsize) + 4 * width * (count + 2 * lines + columns)
-            default = working_set + 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
-            budget = default if options.memory_budget is None else options.memory_budget
-            kept = max(0, budget - working_set) // max(1, count * columns * itemsize)
+            spare = 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
+            if budget is not None:
+                spare = max(0, budget - working_set(lines, columns))
+            kept = spare // max(1, count * columns * itemsize)
         return cls(lines=lines, columns=columns, block=block, kept=min(kept, -(-vocabulary // columns)))
+
+
+def _even(count: int, most: int) -> int:
+    """Lines per tile: tiles of about one size, instead of full ones and a small rest that costs as many calls."""
+    tiles = -(-count // most)
+    return max(count, 1) if tiles <= 1 else min(most, -(-count // (32 * tiles)) * 32)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -470,6 +488,8 @@ class _Head:
                     expected[lines] = product
                 else:
                     expected[lines].mul_(shrink[:, None]).add_(product)
+                del product
+            del raw, out  # before the next tile is made, not after
 
     def _finish_hidden(
         self, lines: slice, target: Tensor, target_slope: Tensor | None, running: Running, expected: Tensor

@@ -22,10 +22,25 @@ def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if _WIDE_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
         product = torch.mm(a, b.T, out_dtype=torch.float32)
     elif a.device.type == "cpu" and a.dtype == torch.float32 and _ONEDNN is not None and a.numel() and b.numel():
-        product = _ONEDNN(a, b, None, "none", [], "")
+        product = _in_blocks(a, b)
     else:
         return torch.mm(a, b.T) if out is None else torch.mm(a, b.T, out=out)
     return product if out is None else out.copy_(product)
+
+
+def _in_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in fp32 by oneDNN, as a sum over blocks of K."""
+    # oneDNN adds the K terms of an entry one after another, so that rounding grows with sqrt(K); in blocks of 128 the
+    # gradients are closer to float64 than those of MKL, for a tenth of the time that oneDNN saves.
+    blocks = -(-a.shape[1] // 128)
+    total: Tensor | None = None
+    for left, right in zip(a.chunk(blocks, 1), b.chunk(blocks, 1), strict=True):
+        # Rows with gaps between them on the right send oneDNN to an implementation a thousand times slower.
+        right = right if right.is_contiguous() or right.T.is_contiguous() else right.contiguous()
+        part: Tensor = _ONEDNN(left, right, None, "none", [], "")  # type: ignore[misc]
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

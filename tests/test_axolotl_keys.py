@@ -1,5 +1,6 @@
 """Every `orpo_*` key of a config reaches the loss of a real run: its first step is the loss computed here."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import test_data_tools as tools
 import tiny
 import torch
 from axolotl_runs import axolotl, dataset, folder_with_model, logged, needs_axolotl, write_config, write_rows
@@ -139,3 +141,63 @@ def test_without_any_one_of_them_the_first_step_would_be_another(name: str, plug
             expected(**{name: default})
     else:
         assert abs(expected(**{name: default})["loss"] / expected()["loss"] - 1) > 1e-4
+
+
+def test_what_argillas_type_gets_wrong_is_right(tmp_path: Path) -> None:
+    """System messages, histories that differ, tools, columns under other names, with a template of the dataset's own."""
+    from datasets import load_from_disk
+
+    folder = folder_with_model(tmp_path)
+    template = tools.TEMPLATE
+    asked = turn("user", "order")
+    answered = {name: value for name, value in tools.ANSWERED.items() if name != "tools"}
+    kinds: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
+        "system": (
+            [
+                {name: [turn("system", "please"), asked, turn("assistant", text)] for name, text in answers.items()}
+                for answers in ({"chosen": "gladly", "rejected": "never"}, {"chosen": "today", "rejected": "later"})
+            ],
+            {},
+        ),
+        "histories": (
+            [
+                {
+                    "chosen": [asked, turn("assistant", "desk"), turn("user", "today"), turn("assistant", "gladly")],
+                    "rejected": [asked, turn("assistant", "call"), turn("user", "never"), turn("assistant", "sorry")],
+                }
+            ],
+            {},
+        ),
+        "tools": ([{**answered, "functions": json.dumps(tools.TOOLS)}], {"field_tools": "functions"}),
+        "renamed": (
+            [
+                {
+                    "talk": [asked],
+                    "good": turn("assistant", "gladly"),
+                    "bad": turn("assistant", "never"),
+                    "who": "please",
+                }
+            ],
+            {"field_messages": "talk", "field_chosen": "good", "field_rejected": "bad", "field_system": "who"},
+        ),
+    }
+    entries = [
+        dataset(
+            write_rows(folder / f"{name}.jsonl", rows),
+            type="orpo",
+            chat_template="jinja",
+            chat_template_jinja=template,
+            **fields,
+        )
+        for name, (rows, fields) in kinds.items()
+    ]
+    axolotl("preprocess", write_config(folder / "config.yml", datasets=entries))
+    cached = load_from_disk(next(iter((folder / "prepared").glob("orpo-*"))))
+    found = sorted(zip(cached["chosen_input_ids"], cached["rejected_labels"], strict=True))
+    read = {"talk": "conversations", "good": "chosen", "bad": "rejected", "who": "system", "functions": "tools"}
+    rows = [{read.get(name, name): value for name, value in row.items()} for some, _ in kinds.values() for row in some]
+    pairs = prepare_dataset(rows, tiny.tokenizer(template))[0]
+    assert found == sorted(zip(pairs["chosen_input_ids"], pairs["rejected_labels"], strict=True))
+    texts = [tiny.tokenizer().decode(ids) for ids, _ in found]
+    assert "<s><|system|>please</s><|user|>order</s><|assistant|>gladly</s>" in texts
+    assert sum('[order {"parcel": "desk"}]' in text for text in texts) == 1

@@ -144,7 +144,7 @@ def test_without_any_one_of_them_the_first_step_would_be_another(name: str, plug
 
 
 def test_what_argillas_type_gets_wrong_is_right(tmp_path: Path) -> None:
-    """System messages, histories that differ, tools, columns under other names, with a template of the dataset's own."""
+    """System messages, histories that differ, tools, columns under other names, a template of the dataset's own."""
     from datasets import load_from_disk
 
     folder = folder_with_model(tmp_path)

@@ -279,10 +279,20 @@ def pair_options(cfg: Any, *, truncate: bool) -> Any:
 
 
 def has_encoder(cfg: Any) -> bool:
-    """Whether the model is an encoder-decoder model, whose prompts and answers are tokenized each by itself."""
+    """Whether the model is an encoder-decoder model, whose prompts and answers are tokenized each by itself.
+
+    Raises `ConfigError` where it would be loaded as a causal LM: BART loses its encoder so, without a word.
+    """
     from axolotl.loaders.utils import load_model_config
 
-    return bool(getattr(load_model_config(cfg), "is_encoder_decoder", False))
+    if not getattr(load_model_config(cfg), "is_encoder_decoder", False):
+        return False
+    if cfg.type_of_model in (None, "AutoModelForCausalLM"):
+        raise ConfigError(
+            f"{cfg.base_model} is an encoder-decoder model and type_of_model is {cfg.type_of_model!r}: set "
+            "type_of_model: AutoModelForSeq2SeqLM"
+        )
+    return True
 
 
 def _with_template(tokenizer: Any, dataset: Any) -> Any:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orpo_plugins.errors import ConfigError, missing_extra
+from orpo_plugins.head import is_encoder_decoder
+from orpo_plugins.separate_pairs import encoded_alone
 
 _EMBEDDINGS = ("embed", "wte", "lm_head")
 
@@ -100,7 +102,7 @@ def load(
     Raises `ConfigError` for a name under which no model is found, `MissingExtraError` for an adapter without peft.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if device is None:
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
@@ -110,10 +112,19 @@ def load(
         if (Path(name) / "adapter_config.json").is_file():
             model = _with_adapter(name, arguments)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, **arguments)
+            model = _base(name, arguments)
     except OSError as error:
         raise ConfigError(f"no model can be loaded from {name!r}: {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def _base(name: str, arguments: dict[str, Any]) -> Any:
+    """A model of the class that its config stands for: as a causal LM, BART would lose its encoder without a word."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=arguments["trust_remote_code"])
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name, **arguments)
 
 
 def _with_adapter(folder: str, arguments: dict[str, Any]) -> Any:
@@ -122,9 +133,7 @@ def _with_adapter(folder: str, arguments: dict[str, Any]) -> Any:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise missing_extra("peft", "peft") from error
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path, **arguments)
+    base = _base(str(PeftConfig.from_pretrained(folder).base_model_name_or_path), arguments)
     rows = _embeddings_in(folder)
     if rows and rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)  # overwritten in the next line
@@ -159,7 +168,7 @@ def chat(
     Without a chat template each line is a text to go on from, with no conversation around it.
 
     Args:
-        model, tokenizer: a causal LM of transformers and its tokenizer.
+        model, tokenizer: a causal LM or encoder-decoder model of transformers and its tokenizer.
         lines: messages; `clear` and `exit` are commands, empty lines are skipped.
         options: how to generate.
         output: where answers are written; default: standard output.
@@ -191,23 +200,27 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(text, end="\n" if stream_end else "", file=output, flush=True)
 
+    encoder = is_encoder_decoder(model)
     if tokenizer.chat_template is None:
-        inputs = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+        text = "\n".join(message["content"] for message in messages)
     else:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if encoder:  # as in training, it reads a text that stands alone
+        known = encoded_alone(tokenizer, [text])[0]
+    else:  # a template has written the special tokens itself
+        known = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    ids = torch.tensor([known], device=model.device)
     with torch.no_grad():
         generated = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(ids),
             streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             eos_token_id=_ends(model, tokenizer),
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             **options.generation(),
         )
-    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
+    start = 0 if encoder else ids.shape[1]
+    return str(tokenizer.decode(generated[0, start:], skip_special_tokens=True))
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -4,6 +4,8 @@ On rows that nothing truncates, ids and labels are those of TRL's ORPOTrainer (1
 `max_completion_length` cuts: they keep their closing EOS, unlike a decoder's.
 """
 
+from typing import Any
+
 from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, boundary, built_pair
 from orpo_plugins.predictions import IGNORE_INDEX
 from orpo_plugins.texts import Texts
@@ -35,17 +37,7 @@ class EncoderDecoderPairBuilder(PairBuilder):
         return answer if self.tokenizer.eos_token_id in closing else super()._close(answer)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
-        return [self._single(list(ids)) for ids in encoded]
-
-    def _single(self, ids: list[int]) -> list[int]:
-        """BOS and EOS once, where a template has written what the tokenizer adds."""
-        bos, eos = getattr(self.tokenizer, "bos_token_id", None), self.tokenizer.eos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids = ids[1:]
-        while ids[-2:] == [eos, eos]:
-            ids = ids[:-1]
-        return ids
+        return encoded_alone(self.tokenizer, texts)
 
     # ---- length
 
@@ -85,3 +77,19 @@ class EncoderDecoderPairBuilder(PairBuilder):
         """How many special tokens stand before the text and after it."""
         text = [i for i, token in enumerate(ids) if token not in self._special_ids]
         return (text[0], len(ids) - 1 - text[-1]) if text else (0, len(ids))
+
+
+def encoded_alone(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that stand alone, with the special tokens that the tokenizer adds.
+
+    BOS and EOS are there once, where a template has written them too.
+    """
+    bos, eos = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    encoded = []
+    for ids in map(list, tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]):
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        while ids[-2:] == [eos, eos]:
+            ids = ids[:-1]
+        encoded.append(ids)
+    return encoded

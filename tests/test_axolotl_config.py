@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from axolotl_runs import ROOT, axolotl, dataset, environment, folder_with_model, needs_axolotl, write_config, write_rows
+from test_seq2seq import build as encoder_decoder
 
 needs_axolotl()
 
@@ -167,3 +168,16 @@ def test_rows_that_are_too_long_are_dropped_or_refused_as_the_strategy_says(capl
     assert "rows: dropped 1 of 2 pairs as longer than sequence_len 8 (the longest has 9 tokens)" in caplog.text
     with pytest.raises(RowError, match="rows: 1 pairs are longer than sequence_len 8 .* set excess_length_strategy to"):
         within(pairs, 8, "raise", "rows")
+
+
+def test_an_encoder_decoder_model_must_not_be_loaded_as_a_causal_one(tmp_path: Path) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    from orpo_plugins.errors import ConfigError
+    from orpo_plugins.integrations.axolotl_data import has_encoder
+
+    encoder_decoder("bart").config.save_pretrained(tmp_path)
+    given = {"base_model": str(tmp_path)}
+    assert has_encoder(DictDefault(given | {"type_of_model": "AutoModelForSeq2SeqLM"}))
+    with pytest.raises(ConfigError, match="is an encoder-decoder model .* set type_of_model: AutoModelForSeq2SeqLM"):
+        has_encoder(DictDefault(given | {"type_of_model": "AutoModelForCausalLM"}))

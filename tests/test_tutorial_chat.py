@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from test_seq2seq import build as encoder_decoder
+from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 
 from orpo_plugins import ORPOConfig, ORPOTrainer, setup_chat_format
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.integrations import chat, command_line
+from orpo_plugins.pairs import PairOptions
+from orpo_plugins.preparation import prepare_dataset
 
 GREEDY = chat.ChatOptions(max_new_tokens=4, temperature=0)
 
@@ -28,6 +32,22 @@ def test_an_answer_is_what_generate_gives_after_the_template(tmp_path: Path) -> 
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert messages[0] == {"role": "user", "content": "refund please"}
     assert messages[1] == {"role": "assistant", "content": tokenizer.decode(expected, skip_special_tokens=True)}
+    assert written == messages[1]["content"] + "\n"
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_model_reads_what_it_was_trained_on(name: str, tmp_path: Path) -> None:
+    tokenizer = encoder_decoder_tokenizer(bos=name == "bart")
+    encoder_decoder(name).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, loaded = chat.load(str(tmp_path), device="cpu")
+    messages, written = talk(model, loaded, "refund please")
+    row = {"prompt": messages[:1], "chosen": "gladly", "rejected": "never"}
+    pairs, _ = prepare_dataset([row], tokenizer, PairOptions(encoder_decoder=True))
+    prompt = pairs[0]["chosen_input_ids"][: pairs[0]["chosen_labels"].count(-100)]
+    assert prompt[-1] == tokenizer.eos_token_id
+    expected = encoder_decoder(name).eval().generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
+    assert messages[1]["content"] == tokenizer.decode(expected[0], skip_special_tokens=True)
     assert written == messages[1]["content"] + "\n"
 
 

@@ -1,5 +1,6 @@
 # make demo   sets up .venv and trains a small model with Axolotl, rl: orpo; under two minutes once installed
 # make test   sets up .venv (Axolotl's stack) and .venv-latest (newest releases) and runs every test in both
+# make gpu    on a machine with a CUDA device: the kernels' tests there, and every benchmark of the head and of steps
 # make clean  removes what the demo wrote
 #
 # PYTHON=python3.12 make demo takes another interpreter; TORCH="torch==2.13.0 --index-url ..." another build of torch.
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 QUIET := AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-axolotl test-latest clean
+.PHONY: demo test test-axolotl test-latest gpu clean
 
 demo: .venv/.demo
 	@rm -rf build/demo
@@ -26,6 +27,16 @@ test-axolotl: .venv/.test
 
 test-latest: .venv-latest/.test
 	$(ONE_THREAD) .venv-latest/bin/python -m pytest
+
+gpu: .venv-latest/.test
+	.venv-latest/bin/pip install --quiet -e '.[trl,peft,plot]' cut-cross-entropy
+	.venv-latest/bin/python -m pytest tests/test_kernel_triton.py tests/test_layout_attention.py
+	.venv-latest/bin/python benchmarks/head.py
+	.venv-latest/bin/python benchmarks/head.py --accuracy --name head_gpu_accuracy
+	.venv-latest/bin/python benchmarks/head_growth.py --name head_gpu_growth
+	for adapter in none lora; do for model in 0.5b 8b; do \
+	  .venv-latest/bin/python benchmarks/step.py --rows prompt-heavy answer-heavy --model $$model --adapter $$adapter; \
+	  .venv-latest/bin/python benchmarks/step.py --longest --model $$model --adapter $$adapter; done; done
 
 clean:
 	rm -rf build/demo

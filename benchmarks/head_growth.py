@@ -28,14 +28,15 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=6.0, help="GiB that one measurement may take")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds per measurement")
     parser.add_argument("--hidden", type=int, default=4096 if torch.cuda.is_available() else 512)
+    parser.add_argument("--name", default="head_growth", help="stem of the files under benchmarks/results")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for series in all_series(arguments):
         for row in measured(series, arguments):
             rows.append(row)
             print(describe(row), flush=True)
-            write(rows)
-    plot(rows)
+            write(rows, arguments.name)
+    plot(rows, arguments.name)
 
 
 def all_series(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -86,15 +87,15 @@ def describe(row: dict[str, Any]) -> str:
     return f"{where}: {row['beyond_mib']:.0f} MiB{' (in proportion)' if row['analytic'] else ''}"
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write(rows: list[dict[str, Any]], name: str) -> None:
     """After every measurement."""
     head.RESULTS.mkdir(exist_ok=True)
     content = {"command": "python benchmarks/head_growth.py", "machine": head.machine()}
     content["versions"] = {name: head.version(name) for name in head.PACKAGES}
-    (head.RESULTS / "head_growth.json").write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
+    (head.RESULTS / f"{name}.json").write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(rows: list[dict[str, Any]], name: str) -> None:
     """Four panels: both heads, both axes."""
     try:
         import matplotlib.pyplot as plt
@@ -120,7 +121,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
             title=f"{kind} head", xlabel=axis, ylabel="MiB beyond inputs and gradients", xscale="log", yscale="log"
         )
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(head.RESULTS / "head_growth.png", dpi=110)
+    figure.savefig(head.RESULTS / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

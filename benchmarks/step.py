@@ -3,21 +3,23 @@
     python benchmarks/step.py --data ../shared/data/dpo_en_demo.json
     python benchmarks/step.py --rows prompt-heavy answer-heavy        # made-up rows
     python benchmarks/step.py --data … --layouts auto packed padded   # what each layout is worth
+    python benchmarks/step.py --model 8b --adapter lora --data …      # on a GPU
+    python benchmarks/step.py --longest --limit 4                     # the longest rows that fit into 4 GiB
     python benchmarks/step.py --plot                                  # draws what earlier runs have written
 
-CPU process time (all threads) from the end of one step to the end of the next: data, forward, backward, clipping and
-AdamW.  Every measurement is a process of its own.  Results go to benchmarks/results/step-trl<version>.json, one entry
-per kind of rows, and the plot to docs/step.png.
+Time from the end of one step to the end of the next: data, forward, backward, clipping and AdamW.  On a CPU it is
+process time (all threads), on a GPU elapsed time.  Every measurement is a process of its own.  Results go to
+benchmarks/results/step-trl<version>.json, one entry per kind of rows (on a GPU step-gpu-trl<version>.json, and with
+--longest to longest-trl<version>.json); the plot of steps on a CPU goes to docs/step.png.
 
-The model is Llama-like, 6 layers of 384 and a vocabulary of 32k, random, fp32.  Rows longer than 1,024 tokens are left
-out, so that nothing is truncated: TRL's versions truncate differently.
+The model is a random Llama, by default 6 layers of 384 and a vocabulary of 32k: fp32 on a CPU, bf16 on a GPU.  Rows
+longer than 1,024 tokens are left out, so that nothing is truncated: TRL's versions truncate differently.
 """
 
 import argparse
 import json
 import os
 import platform
-import random
 import resource
 import statistics
 import subprocess
@@ -29,16 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_cases import MODELS, SHAPES, Row, llama, tokenizer_and_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LONGEST = 1024
 PAIRS = 4
-VOCABULARY = 32_000
-SHAPES = {"prompt-heavy": (640, 160), "answer-heavy": (64, 448)}
-"""Mean tokens of prompts and of answers for made-up rows."""
 GOALS = {"trainable": 3.2, "frozen": 3.6}
-Row = dict[str, str]
+CUDA = torch.cuda.is_available()
+ACTIVITIES = [torch.profiler.ProfilerActivity.CUDA if CUDA else torch.profiler.ProfilerActivity.CPU]
 
 
 def main() -> None:
@@ -47,19 +48,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="dpo_en_demo.json (ShareGPT style), for the rows called demo")
     parser.add_argument("--rows", nargs="+", default=None, choices=["demo", *SHAPES])
     parser.add_argument("--layouts", nargs="+", default=["auto"])
-    parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not (compiled: four)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
     parser.add_argument("--head", nargs="+", default=["trainable", "frozen"], choices=["trainable", "frozen"])
+    parser.add_argument("--memory-budget", type=int, default=None, help="MiB for our head; default: the kernel's own")
+    parser.add_argument("--model", default="small", choices=sorted(MODELS))
+    parser.add_argument("--compile", action="store_true", help="both models through torch.compile")
+    parser.add_argument("--adapter", default="none", choices=["none", "lora"], help="lora freezes the head too")
+    parser.add_argument("--longest", action="store_true", help="find the longest rows that fit instead")
+    parser.add_argument("--limit", type=float, default=None, help="GiB of memory, with --longest on a CPU")
     parser.add_argument("--plot", action="store_true", help="only draw")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a measurement, in a process of its own
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(json.loads(arguments.one))))
         return
+    if arguments.adapter == "lora":
+        arguments.head = ["frozen"]
+    if arguments.longest:
+        record("longest", label(arguments), find_longest(arguments))
+        return
     if not arguments.plot:
         for rows in arguments.rows or (["demo"] if arguments.data else list(SHAPES)):
-            record(rows, compare(rows, arguments))
+            record("step", label(arguments, rows), compare(rows, arguments))
     plot()
 
 
@@ -68,14 +80,7 @@ def compare(rows: str, arguments: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for head in arguments.head:
         for checkpointing in arguments.checkpointing:
-            setting = {
-                "rows": rows,
-                "data": str(arguments.data) if arguments.data else None,
-                "steps": arguments.steps,
-                "threads": arguments.threads,
-                "head": head,
-                "checkpointing": checkpointing == "on",
-            }
+            setting = case_of(arguments, rows, head, checkpointing)
             theirs = spawn({**setting, "trainer": "trl", "layout": "padded"})
             for layout in arguments.layouts:
                 ours = spawn({**setting, "trainer": "ours", "layout": layout})
@@ -83,6 +88,63 @@ def compare(rows: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 print(describe(case), flush=True)
                 cases.append(case)
     return {"cases": cases, **about(arguments)}
+
+
+def case_of(arguments: argparse.Namespace, rows: str, head: str, checkpointing: str) -> dict[str, Any]:
+    """What both trainers are told."""
+    return {
+        "rows": rows,
+        "data": str(arguments.data) if arguments.data else None,
+        "steps": arguments.steps,
+        "compile": arguments.compile,
+        "warm": 4 if arguments.compile else 1,  # some steps until compiled code serves any length
+        "threads": arguments.threads,
+        "head": head,
+        "checkpointing": checkpointing == "on",
+        "model": arguments.model,
+        "adapter": arguments.adapter,
+        "memory_budget": arguments.memory_budget and arguments.memory_budget * 2**20,
+        "pairs": PAIRS,
+        "longest": LONGEST,
+    }
+
+
+def find_longest(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens of the longest rows with which a step of one pair fits: doubled until it does not, then halved twice."""
+    if not CUDA and arguments.limit is None:
+        raise SystemExit("--longest needs --limit GIB on a CPU, where nothing else says what fits")
+    cases = []
+    for head in arguments.head:
+        for checkpointing in arguments.checkpointing:
+            setting = case_of(arguments, "longest", head, checkpointing) | {"steps": 1, "pairs": 1}
+            setting["limit"] = arguments.limit
+            found = {
+                "trl": longest_of(setting | {"trainer": "trl", "layout": "padded"}),
+                "ours": longest_of(setting | {"trainer": "ours", "layout": "auto"}),
+            }
+            print(f"head {head}, checkpointing {checkpointing}: {found['trl']} -> {found['ours']} tokens", flush=True)
+            cases.append({"head": head, "checkpointing": checkpointing == "on", **found})
+    return {"cases": cases, "limit_gib": arguments.limit, **about(arguments)}
+
+
+def longest_of(setting: dict[str, Any]) -> int:
+    """See `find_longest`; a step that needs too much ends its process with torch's own error."""
+
+    def fits(tokens: int) -> bool:
+        try:
+            spawn(setting | {"longest": tokens})
+        except RuntimeError as error:
+            if "allocate memory" in str(error) or "out of memory" in str(error) or "MemoryError" in str(error):
+                return False
+            raise
+        return True
+
+    low = 512
+    while fits(2 * low):
+        low *= 2
+    for step in (low // 2, low // 4):
+        low += step if fits(low + step) else 0
+    return low
 
 
 def summary(setting: dict[str, Any], layout: str, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -132,21 +194,38 @@ def spawn(setting: dict[str, Any]) -> dict[str, Any]:
 def measure(setting: dict[str, Any]) -> dict[str, Any]:
     """Trains for a few steps and returns their times, losses and a profile of one more step."""
     torch.set_num_threads(setting["threads"])
+    if setting.get("limit"):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(setting["limit"] * 2**30),) * 2)
     tokenizer, rows = tokenizer_and_rows(setting)
-    model = small_llama(setting["head"] == "frozen")
+    model = llama(setting)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(setting, model, tokenizer, rows, folder)
         clock = Clock(trainer)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "seconds": clock.seconds[1 : setting["steps"] + 1],
+        "seconds": clock.seconds[setting["warm"] : setting["warm"] + setting["steps"]],
         "losses": losses[:3],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib": peak_mib(),
         "profile": clock.shares,
         "layout": getattr(getattr(trainer.data_collator, "layout", None), "name", "padded"),
         **clock.token_counts(),
     }
+
+
+def now() -> float:
+    """Process time on a CPU, elapsed time on a GPU once it has done all that was asked."""
+    if not CUDA:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mib() -> int:
+    """Resident memory at its highest, on a GPU what torch has allocated there."""
+    if CUDA:
+        return int(torch.cuda.max_memory_allocated() // 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def make_trainer(setting: dict[str, Any], model: Any, tokenizer: Any, rows: list[Row], folder: str) -> Any:
@@ -160,24 +239,36 @@ def make_trainer(setting: dict[str, Any], model: Any, tokenizer: Any, rows: list
     else:
         from orpo_plugins import ORPOConfig, ORPOTrainer
 
-        own = {"layout": setting["layout"], "nll_normalization": "microbatch"}
+        own = {name: setting[name] for name in ("layout", "memory_budget")} | {"nll_normalization": "microbatch"}
+    peft_config = None
+    if setting["adapter"] == "lora":
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     args = ORPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=PAIRS,
-        max_length=LONGEST,
-        max_steps=setting["steps"] + 2,
+        per_device_train_batch_size=setting["pairs"],
+        max_length=setting["longest"],
+        max_steps=setting["steps"] + setting["warm"] + 1,
+        torch_compile=setting["compile"],
         learning_rate=1e-4,
         gradient_checkpointing=setting["checkpointing"],
         logging_steps=1,
         report_to=[],
         save_strategy="no",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not CUDA,
+        bf16=CUDA,
         disable_tqdm=True,
         seed=0,
         **own,
     )
-    return ORPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return ORPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
 
 
 class Clock:
@@ -194,14 +285,14 @@ class Clock:
 
         class Callback(TrainerCallback):  # type: ignore[misc]
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clock._last = time.process_time()
+                clock._last = now()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                now = time.process_time()
-                clock.seconds.append(now - clock._last)
-                clock._last = now
+                end = now()
+                clock.seconds.append(end - clock._last)
+                clock._last = end
                 if state.global_step == state.max_steps - 1:
-                    clock._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+                    clock._profiler = torch.profiler.profile(activities=ACTIVITIES)
                     clock._profiler.start()
                 elif state.global_step == state.max_steps:
                     clock._profiler.stop()
@@ -268,95 +359,13 @@ def shares(profiler: Any) -> dict[str, float]:
         ),
     }
     events = profiler.key_averages()
-    total = sum(event.self_cpu_time_total for event in events) or 1
+    own = "self_device_time_total" if CUDA else "self_cpu_time_total"
+    total = sum(getattr(event, own) for event in events) or 1
     found = dict.fromkeys([*kinds, "elementwise and rest"], 0.0)
     for event in events:
         kind = next((k for k, names in kinds.items() if any(n in event.key for n in names)), "elementwise and rest")
-        found[kind] += event.self_cpu_time_total / total
+        found[kind] += getattr(event, own) / total
     return {kind: round(share, 3) for kind, share in found.items()}
-
-
-def small_llama(frozen_head: bool) -> Any:
-    """Six layers of 384, untied; the same weights in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.lm_head.weight.requires_grad_(not frozen_head)
-    return model
-
-
-def tokenizer_and_rows(setting: dict[str, Any]) -> tuple[Any, list[Row]]:
-    """A byte-level BPE trained on the rows, and those rows that fit."""
-    from transformers import PreTrainedTokenizerFast
-
-    rows = demo_rows(Path(setting["data"])) if setting["rows"] == "demo" else made_up_rows(*SHAPES[setting["rows"]])
-    inner = train_tokenizer([text for row in rows for text in row.values()])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10**6
-    )
-
-    def length(row: Row) -> int:
-        prompt, *answers = (len(tokenizer(row[key])["input_ids"]) for key in ("prompt", "chosen", "rejected"))
-        return prompt + max(answers) + 4  # BOS, EOS, and a token that splits at a border
-
-    return tokenizer, [row for row in rows if length(row) <= LONGEST]
-
-
-def train_tokenizer(texts: list[str]) -> Any:
-    """Byte-level BPE of at most the model's vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def demo_rows(path: Path) -> list[Row]:
-    """ShareGPT rows as three strings, so that both trainers tokenize the same text."""
-    names = {"human": "User", "gpt": "Assistant", "system": "System"}
-    rows = []
-    for row in json.loads(path.read_text()):
-        turns = [f"{names.get(m['from'], m['from'])}: {m['value']}\n\n" for m in row["conversations"]]
-        answers = {side: row[side]["value"] for side in ("chosen", "rejected")}
-        if all(answers.values()) and answers["chosen"] != answers["rejected"]:
-            rows.append({"prompt": "".join(turns) + "Assistant:", **{k: f" {v}" for k, v in answers.items()}})
-    return rows
-
-
-def made_up_rows(prompt_length: int, answer_length: int) -> list[Row]:
-    """Random words of one token each; lengths vary by a third."""
-    generator = random.Random(0)
-    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    words = [f" {a}{b}" for a in syllables for b in syllables]
-
-    def text(mean: int) -> str:
-        return "".join(generator.choices(words, k=generator.randint(mean * 2 // 3, mean * 4 // 3)))
-
-    return [
-        {"prompt": text(prompt_length), "chosen": text(answer_length), "rejected": text(answer_length)}
-        for _ in range(100)
-    ]
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -370,7 +379,9 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "threads": arguments.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": torch.cuda.get_device_name()
+        if CUDA
+        else f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
     }
 
 
@@ -381,12 +392,20 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def record(rows: str, result: dict[str, Any]) -> None:
-    """Puts one kind of rows into the file of the TRL version at hand."""
-    path = RESULTS / f"step-trl{result['versions']['trl']}.json"
+def label(arguments: argparse.Namespace, rows: str = "half prompt, half answer") -> str:
+    """What was measured, as an entry of the results."""
+    model = "" if arguments.model == "small" else f", {arguments.model}"
+    budget = "" if arguments.memory_budget is None else f", {arguments.memory_budget} MiB for the head"
+    adapter = "" if arguments.adapter == "none" else f", {arguments.adapter}"
+    return rows + model + adapter + budget + (", compiled" if arguments.compile else "")
+
+
+def record(kind: str, name: str, result: dict[str, Any]) -> None:
+    """Puts one entry into the file of the TRL version at hand."""
+    path = RESULTS / f"{kind}-{'gpu-' if CUDA else ''}trl{result['versions']['trl']}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**known, rows: result}, indent=1) + "\n")
+    path.write_text(json.dumps({**known, name: result}, indent=1) + "\n")
 
 
 def plot() -> None:

@@ -4,6 +4,7 @@ What every other kernel is compared with, and the way out for a model whose logi
 `scale * (hidden @ weight.T + bias)`.
 """
 
+import torch
 from torch import Tensor
 
 from orpo_plugins.hookspecs import hookimpl
@@ -53,7 +54,8 @@ def combine(logps: Tensor, predictions: Predictions, objective: Objective) -> tu
     lengths = predictions.answer_lengths()
     # Nothing over nothing, where a pair has no rejected answer, must not become NaN: it would get into the gradient.
     means = predictions.sum_by_sequence(logps * predictions.in_answer) / lengths.clamp(min=1)
-    nll = -(objective.nll_weights * logps).sum()
+    widest = logps.dtype if logps.device.type == "mps" else torch.float64  # which has no fp64
+    nll = -(objective.nll_weights * logps).sum(dtype=widest).to(logps.dtype)
     (chosen, rejected), (chosen_lengths, rejected_lengths) = means.view(2, -1), lengths.view(2, -1)
     pairs = PairLogps(
         chosen=chosen, rejected=rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths

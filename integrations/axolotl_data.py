@@ -79,12 +79,16 @@ def prepare_preference_datasets(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def dataset_meta(cfg: Any) -> "TrainDatasetMeta":
-    """What Axolotl wants of a plugin that loads datasets."""
+    """What Axolotl wants of a plugin that loads datasets: both sets, and the steps that it ends the run after.
+
+    These are left to the Trainer where steps are filled by tokens, whose number no count of pairs tells.
+    """
     from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.loaders import load_tokenizer
 
     train, evaluation = load(cfg, load_tokenizer(cfg))
-    steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
+    by_tokens = cfg.orpo_step_strategy == "tokens"
+    steps = None if by_tokens else math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
 
 

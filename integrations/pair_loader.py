@@ -22,7 +22,8 @@ from orpo_plugins.preparation import COLUMNS
 
 logger = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 10_000
+_ROWS_AT_ONCE = 1000
+"""Tokens of so many rows are in memory together."""
 
 Widths = list[int] | list[tuple[int, ...]]
 
@@ -124,7 +125,12 @@ def loader(trainer: Any, batches: PairBatches) -> Any:
 
 
 def _plan(batches: PairBatches, args: Any) -> None:
-    """Looks at as many epochs beforehand as the run will have."""
+    """Looks at as many epochs beforehand as the run will have; `ConfigError` where an epoch has no batch."""
+    if not len(batches):
+        raise ConfigError(
+            f"dataloader_drop_last leaves no batch: the {len(batches.lengths)} pairs are fewer than one batch of "
+            f"{batches.batch_size} on each of {batches.ranks} ranks takes. Lower the batch size, or leave it out"
+        )
     epochs = math.ceil(args.num_train_epochs)
     if args.max_steps > 0:
         epochs = math.ceil(args.max_steps / math.ceil(len(batches) / args.gradient_accumulation_steps))
@@ -132,7 +138,7 @@ def _plan(batches: PairBatches, args: Any) -> None:
 
 
 def _tell(batches: PairBatches, trainer: Any) -> None:
-    if getattr(trainer.args, "nll_normalization", "batch") == "microbatch" and batches.accumulation > 1:
+    if getattr(trainer.args, "nll_normalization", "batch") == "microbatch" and batches.accumulation * batches.ranks > 1:
         logger.warning(
             "nll_normalization='microbatch' averages over batches, whose pairs max_tokens_per_batch=%d makes differ: "
             "'batch' does not depend on the cut",

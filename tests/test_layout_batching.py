@@ -166,6 +166,14 @@ def test_batches_by_tokens_are_as_full_as_they_get_and_as_many_in_every_epoch() 
     assert max(len(batch) for batch in sampler) > 12
 
 
+def test_ranks_end_together_in_epochs_that_were_not_planned() -> None:
+    options: dict[str, Any] = {"max_tokens_per_batch": 250, "step_strategy": "tokens", "ranks": 2}
+    samplers = [sampler_of(LENGTHS, rank=rank, **options) for rank in range(2)]
+    counts = [[len(batches_of(sampler, epoch)) for sampler in samplers] for epoch in range(20)]
+    assert all(first == second for first, second in counts)
+    assert max(counts) > [len(samplers[0])] * 2
+
+
 def test_tables_that_are_padded_apart_are_counted_apart() -> None:
     sampler = sampler_of([(10, 3), (2, 8)], padded=True)
     assert sampler.cost([0]) == 26

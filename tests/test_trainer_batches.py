@@ -282,6 +282,10 @@ def test_what_batches_by_tokens_cannot_go_with_is_named(options: dict[str, Any],
             "raise gradient_accumulation_steps and lower the batch size as much, raise max_tokens_per_batch, or set "
             "step_strategy='tokens'",
         ),
+        (
+            {"max_tokens_per_batch": 10**6, "per_device_train_batch_size": 64, "dataloader_drop_last": True},
+            "dataloader_drop_last leaves no batch: the 48 pairs are fewer than one batch of 64 on each of 1 ranks takes",
+        ),
     ],
 )
 def test_a_limit_that_cannot_be_kept_is_named_before_the_first_step(

@@ -65,9 +65,9 @@ class PairBatches(Sampler[list[int]]):
         seed: of all orders.
         ranks, rank: how many processes share the batches out, and which of them this is.
 
-    Each rank gets the same number of batches in every epoch: `len(self)`, by "tokens" in the epochs that `plan` was told
-    of.  All pairs are seen once per epoch, but for fewer pairs at its end than there are ranks: then some from its
-    beginning are repeated.
+    Each rank gets the same number of batches in every epoch: `len(self)`, by "tokens" in those that `plan` was told of.
+    All pairs are seen once per epoch, but for fewer pairs at its end than there are ranks: then some from its beginning
+    are repeated.
 
     Raises:
         ConfigError: a single pair is longer than `max_tokens_per_batch`, or an option is unknown or out of range.
@@ -160,7 +160,7 @@ class PairBatches(Sampler[list[int]]):
     def _batches(self, epoch: int) -> Iterator[list[int]]:
         if self.by_tokens:
             batches = self._as_fits(epoch)
-            rounds = max(len(self), math.ceil(len(batches) / self.ranks))  # more than len only where `plan` was not told
+            rounds = max(len(self), math.ceil(len(batches) / self.ranks))  # more than len where `plan` was not told
             batches = self._filled(batches, rounds * self.ranks)
             yield from batches if self.shuffle else sorted(batches)  # halves go back to their places
             return

@@ -284,7 +284,7 @@ def test_what_batches_by_tokens_cannot_go_with_is_named(options: dict[str, Any],
         ),
         (
             {"max_tokens_per_batch": 10**6, "per_device_train_batch_size": 64, "dataloader_drop_last": True},
-            "dataloader_drop_last leaves no batch: the 48 pairs are fewer than one batch of 64 on each of 1 ranks takes",
+            "dataloader_drop_last leaves no batch: the 48 pairs are fewer than one batch of 64 on each of 1 ranks",
         ),
     ],
 )

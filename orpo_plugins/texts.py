@@ -143,9 +143,9 @@ class TextBuilder:
     ) -> list[tuple[int, int]]:
         """Where the assistant's turns stand in the text of a conversation whose answer has several messages.
 
-        The text before a turn is rendered for its beginning.  Its end is found from behind: what the template writes
-        between the turn's closing and the next opening, rendered around a stand-in, since templates may rewrite
-        earlier turns once others follow.
+        The text before a turn is rendered for its beginning, the text up to it for its end.  Where the template
+        rewrites earlier turns once others follow, the end is found from behind: what the template writes between the
+        turn's closing and the next opening, rendered around a stand-in.
         """
         messages = prompt + answer
         turns = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
@@ -156,8 +156,12 @@ class TextBuilder:
             following = turns[number + 1] if number + 1 < len(turns) else len(messages)
             end = starts[number + 1] if number + 1 < len(turns) else len(full)
             if following > k + 1:
-                last = following == len(messages)
-                end -= self._length_between(messages, k, following, arguments, opens=not last)
+                until = self._render(messages[: k + 1], arguments)
+                if full.startswith(until):
+                    end = len(until)
+                else:
+                    last = following == len(messages)
+                    end -= self._length_between(messages, k, following, arguments, opens=not last)
             spans.append((starts[number], max(end, starts[number])))
         return spans
 

@@ -31,6 +31,14 @@ STRICT = (
     "{% else %}{{ message.content }}{% endif %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Writes what a tool answers into the turn that called it, before that turn's own text, as Gemma 4's does.
+MERGED = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role != 'tool' %}<|{{ message.role }}|>"
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
+    "{% if message.tool_calls and not loop.last %}{{ messages[loop.index].content }}{% endif %}"
+    "{{ message.content }}{% if not message.tool_calls %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 TOOLS = [
     {"type": "function", "function": {"name": "order", "parameters": {"properties": {"parcel": {"type": "string"}}}}},
     {"type": "function", "function": {"name": "refund", "parameters": {"properties": {"invoice": {"type": "number"}}}}},
@@ -112,6 +120,12 @@ def test_calls_are_trained_and_what_tools_answer_is_not() -> None:
 def test_a_template_that_wants_a_call_before_a_tools_answer_is_given_one() -> None:
     row = {name: value for name, value in WHOLE.items() if name != "tools"}
     assert texts(row, "chosen", STRICT) == (templated(row, "chosen", STRICT), "[order]</s>gladly</s>")
+
+
+def test_what_a_tool_answers_inside_the_turn_that_called_it_is_not_trained() -> None:
+    row = {name: value for name, value in WHOLE.items() if name != "tools"}
+    text = "<s><|user|>order today<|assistant|>[order]parcel later<|assistant|>gladly</s>"
+    assert texts(row, "chosen", MERGED) == (text, "[order]gladly</s>")
 
 
 def test_rows_train_from_a_dataset_whose_columns_arrow_has_filled_up(tmp_path: Path) -> None:

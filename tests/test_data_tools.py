@@ -124,7 +124,7 @@ def test_a_template_that_wants_a_call_before_a_tools_answer_is_given_one() -> No
 
 def test_what_a_tool_answers_inside_the_turn_that_called_it_is_not_trained() -> None:
     row = {name: value for name, value in WHOLE.items() if name != "tools"}
-    text = "<s><|user|>order today<|assistant|>[order]parcel later<|assistant|>gladly</s>"
+    text = "<s><|user|>order today</s><|assistant|>[order]parcel later<|assistant|>gladly</s>"
     assert texts(row, "chosen", MERGED) == (text, "[order]gladly</s>")
 
 

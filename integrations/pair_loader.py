@@ -64,7 +64,7 @@ def pair_batches(trainer: Any) -> PairBatches | None:
     grouped = args.train_sampling_strategy == "group_by_length"
     if limit is None and not (grouped and not args.accelerator_config.split_batches):
         return None
-    if dataset is None or not has_length(dataset) or not _is_tokenized(dataset):
+    if not has_length(dataset) or not _is_tokenized(dataset):
         if limit is not None:
             raise ConfigError(
                 f"max_tokens_per_batch={limit} needs the length of every row, and the training set is not what the "

@@ -101,6 +101,8 @@ class ORPOMethods:
         Checks the layout first, where the model is whole: what a pair costs depends on it, and a loader's workers take
         it along.
         """
+        if self.train_dataset is None:  # type: ignore[attr-defined]
+            return super().get_train_dataloader()  # type: ignore[misc]  # which says that one is needed
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
             self._check_layout(self.model, may_fall_back=getattr(self.args, "layout", None) == "auto")  # type: ignore[attr-defined]
         batches = pair_batches(self)

@@ -119,6 +119,8 @@ def test_evaluation_alone_needs_no_training_set(tmp_path: Path) -> None:
     )
     metrics = made.evaluate()
     assert metrics["eval_nll_loss"] == pytest.approx(5.8, abs=0.2)
+    with pytest.raises(ValueError, match="training requires a train_dataset"):
+        made.train()
 
 
 def test_a_collator_of_ones_own_is_kept(tmp_path: Path) -> None:

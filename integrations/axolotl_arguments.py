@@ -8,18 +8,25 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from orpo_plugins import plugins
 from orpo_plugins.batching import STEP_STRATEGIES
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.forward import NLL_NORMALIZATIONS, NLL_OVER
 from orpo_plugins.objective import check_coefficients
+from orpo_plugins.pairs import TRAIN_ON, TRUNCATION_MODES
 
 AXOLOTL_KEYS = ("orpo_alpha",)
 """Keys beginning with `orpo_` that Axolotl itself has."""
-TRUNCATION_MODES = ("keep_end", "keep_start")
-TRAIN_ON = ("all_assistant", "last")
+CHOICES = {
+    "orpo_nll_over": NLL_OVER,
+    "orpo_nll_normalization": NLL_NORMALIZATIONS,
+    "orpo_step_strategy": STEP_STRATEGIES,
+    "orpo_truncation_mode": TRUNCATION_MODES,
+    "orpo_train_on": TRAIN_ON,
+}
+"""The values of the keys that have a fixed set of them."""
 
 
 class ORPOInputArgs(BaseModel):
@@ -82,30 +89,13 @@ class ORPOInputArgs(BaseModel):
             plugins.layout(value)
         return value
 
-    @field_validator("orpo_nll_over")
+    @field_validator(*CHOICES)
     @classmethod
-    def _nll_over_is_known(cls, value: str | None) -> str | None:
-        return _one_of("orpo_nll_over", value, NLL_OVER)
-
-    @field_validator("orpo_nll_normalization")
-    @classmethod
-    def _nll_normalization_is_known(cls, value: str | None) -> str | None:
-        return _one_of("orpo_nll_normalization", value, NLL_NORMALIZATIONS)
-
-    @field_validator("orpo_step_strategy")
-    @classmethod
-    def _step_strategy_is_known(cls, value: str | None) -> str | None:
-        return _one_of("orpo_step_strategy", value, STEP_STRATEGIES)
-
-    @field_validator("orpo_truncation_mode")
-    @classmethod
-    def _truncation_mode_is_known(cls, value: str | None) -> str | None:
-        return _one_of("orpo_truncation_mode", value, TRUNCATION_MODES)
-
-    @field_validator("orpo_train_on")
-    @classmethod
-    def _train_on_is_known(cls, value: str | None) -> str | None:
-        return _one_of("orpo_train_on", value, TRAIN_ON)
+    def _choice_is_known(cls, value: str | None, info: ValidationInfo) -> str | None:
+        known = CHOICES[str(info.field_name)]
+        if value is not None and value not in known:
+            raise ConfigError(f"unknown {info.field_name} {value!r}; known: {', '.join(known)}")
+        return value
 
     @field_validator("orpo_odds_temperature")
     @classmethod
@@ -172,9 +162,3 @@ def _number(name: str, value: Any) -> float:
         return float(value)  # YAML reads 1e-1 as a string
     except (TypeError, ValueError):
         raise ConfigError(f"{name} is {value!r}: it must be a number") from None
-
-
-def _one_of(key: str, value: str | None, known: tuple[str, ...]) -> str | None:
-    if value is not None and value not in known:
-        raise ConfigError(f"unknown {key} {value!r}; known: {', '.join(known)}")
-    return value

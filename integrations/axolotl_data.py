@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
 from orpo_plugins.errors import ConfigError, RowError
-from orpo_plugins.predictions import IGNORE_INDEX
+from orpo_plugins.predictions import prompt_length
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -341,5 +341,5 @@ def within(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder:
 
 def _longer_part(labels: list[int]) -> int:
     """The length of the prompt or the answer, whichever is longer."""
-    prompt = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    prompt = prompt_length(labels)
     return max(prompt, len(labels) - prompt)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orpo_plugins.collator import pad_token_id
 from orpo_plugins.head import is_encoder_decoder
-from orpo_plugins.predictions import IGNORE_INDEX
+from orpo_plugins.predictions import prompt_length
 
 logger = logging.getLogger(__name__)
 NEW_TOKENS = 128
@@ -53,8 +53,7 @@ def sample_prompts(dataset: Any, count: int, *, seed: int) -> list[list[int]]:
         rows = [dataset[i] for i in random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))]
     else:
         rows = list(itertools.islice(dataset, count))
-    lengths = [next((i for i, label in enumerate(row["chosen_labels"]) if label != IGNORE_INDEX), 0) for row in rows]
-    return [list(row["chosen_input_ids"])[:length] for row, length in zip(rows, lengths, strict=True)]
+    return [list(row["chosen_input_ids"])[: prompt_length(row["chosen_labels"])] for row in rows]
 
 
 def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:

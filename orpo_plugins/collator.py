@@ -87,7 +87,7 @@ class ORPOCollator:
         self._read = RowTokenizer(tokenizer, options)
         self.pad_token_id = pad_token_id(tokenizer) if padding_value is None else padding_value
         if self.pad_token_id < 0:
-            raise ConfigError(f"padding_value is {padding_value}: it is a token's id, and ids are not negative")
+            raise ConfigError(f"padding_value is {self.pad_token_id}: it is a token's id, and ids are not negative")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch."""

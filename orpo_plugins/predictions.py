@@ -27,6 +27,11 @@ IN_DECODER = 4
 IGNORE_INDEX = -100
 
 
+def prompt_length(labels: Sequence[int]) -> int:
+    """How many tokens stand before the first that has a label."""
+    return next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+
+
 def with_weights(table: Tensor, weights: Sequence[float], margins: Sequence[float]) -> Tensor:
     """The [N, 5] table that adds each pair's weight and margin ([B] numbers) to a [N, 4] one."""
     numbers = torch.tensor(list(zip(weights, margins, strict=True)), dtype=torch.float32).view(torch.int64)

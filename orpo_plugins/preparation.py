@@ -22,7 +22,7 @@ from orpo_plugins import interfaces, pairs, plugins, row_formats, separate_pairs
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import TokenSequence
 from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
-from orpo_plugins.predictions import IGNORE_INDEX
+from orpo_plugins.predictions import IGNORE_INDEX, prompt_length
 from orpo_plugins.row_formats import parse_row
 from orpo_plugins.separate_pairs import EncoderDecoderPairBuilder
 
@@ -175,7 +175,7 @@ def tokenized_answer(row: Mapping[str, Any], name: str) -> Answer:
                 f"{name}_labels[{position}] is {label} but {name}_input_ids[{position}] is {token}: a label is the "
                 f"token at the same position (not shifted), or {IGNORE_INDEX}"
             )
-    start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    start = prompt_length(labels)
     return Answer(ids[:start], ids[start:], labels[start:])
 
 

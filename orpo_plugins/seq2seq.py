@@ -17,7 +17,7 @@ from orpo_plugins.errors import BatchError, ModelError
 from orpo_plugins.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair, TokenSequence
 from orpo_plugins.layouts import Line, nll_targets
-from orpo_plugins.predictions import IGNORE_INDEX, IN_ANSWER, IN_DECODER, IN_NLL
+from orpo_plugins.predictions import IGNORE_INDEX, IN_ANSWER, IN_DECODER, IN_NLL, prompt_length
 
 DECODER_LABELS = "decoder_labels"
 """The key under which a batch carries the answers, -100 where there are none."""
@@ -66,7 +66,7 @@ def collate_seq2seq(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) 
 
 def split(sequence: TokenSequence) -> tuple[list[int], list[int], list[int]]:
     """(prompt, answer, answer's labels): the answer begins with the first token that has a label."""
-    start = next((i for i, label in enumerate(sequence.labels) if label != IGNORE_INDEX), len(sequence.labels))
+    start = prompt_length(sequence.labels)
     if start == 0:
         raise BatchError(
             f"a sequence of {len(sequence.labels)} tokens has no prompt, so there is nothing for the encoder to read: "

@@ -37,8 +37,8 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(json.loads(arguments.child))))
         return
-    rows: list[dict[str, Any]] = []
     cells = list(plan(arguments))
+    rows = earlier(arguments, set(map(_cell, cells))) if arguments.keep else []
     for number, (_, group) in enumerate(itertools.groupby(cells, _cell), 1):
         print(f"cell {number} of {len(set(map(_cell, cells)))}", flush=True)
         found: dict[str, dict[str, Any]] = {}
@@ -59,6 +59,12 @@ def main() -> None:
     plot(arguments, rows)
 
 
+def earlier(arguments: argparse.Namespace, again: set[str]) -> list[dict[str, Any]]:
+    """What the results hold already, without the cells that are measured again."""
+    known = json.loads((RESULTS / f"{arguments.name}.json").read_text())
+    return [row for row in known["rows"] if _cell(row) not in again]
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     cuda = torch.cuda.is_available()
@@ -72,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096 if cuda else 512)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="keep the other cells of the results")
     parser.add_argument("--rounds", type=int, default=1, help="times to measure whatever may be the fastest, in turns")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds after which nothing is repeated")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds per variant")

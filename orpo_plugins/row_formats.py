@@ -236,7 +236,7 @@ def _chat(
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping):
         raise RowError(f"column 'chat_template_kwargs' is {_kind(given)}, expected a mapping")
-    arguments: dict[str, Any] = dict(given)
+    arguments: dict[str, Any] = _without_none(given)
     if tools := _tools(row.get("tools")):
         arguments["tools"] = tools
     system = _system_text(row.get("system"))

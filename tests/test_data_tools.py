@@ -140,6 +140,12 @@ def test_rows_train_from_a_dataset_whose_columns_arrow_has_filled_up(tmp_path: P
     assert properties.keys() == {"parcel", "invoice"}
 
 
+def test_template_arguments_of_other_rows_are_no_arguments() -> None:
+    dataset = Dataset.from_list([{**ASKED, "chat_template_kwargs": given} for given in ({"a": False}, {"b": 1}, None)])
+    found = [parse_row({**dataset[number], "tools": None}, number).template_arguments for number in range(3)]
+    assert found == [{"a": False}, {"b": 1}, {}]
+
+
 @pytest.mark.parametrize("tools", [json.dumps(TOOLS), TOOLS, [*TOOLS[:1], {**TOOLS[1], "strict": None}]])
 def test_tools_may_be_json_text(tools: Any) -> None:
     assert parse_row({**ASKED, "tools": tools}, 0).template_arguments["tools"] == TOOLS

@@ -325,7 +325,7 @@ def _message(message: Any, where: str) -> Message:
         raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
     if role == _CALL:
         rest["tool_calls"], content = _calls(content, where), ""
-    if calls := rest.get("tool_calls"):
+    if calls := rest.pop("tool_calls", None):  # no calls are no key: templates ask whether it is there
         calls = _from_json(calls, f"tool_calls of {where}") if isinstance(calls, str) else calls
         rest["tool_calls"], content = _without_none(calls), content or ""
     if isinstance(content, list | tuple):

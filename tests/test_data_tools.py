@@ -140,6 +140,11 @@ def test_rows_train_from_a_dataset_whose_columns_arrow_has_filled_up(tmp_path: P
     assert properties.keys() == {"parcel", "invoice"}
 
 
+def test_no_calls_are_no_key() -> None:
+    row = parse_row({**ASKED, "chosen": [turn("assistant", "gladly", tool_calls=[])]}, 0)
+    assert row.chosen == [turn("assistant", "gladly")]
+
+
 def test_template_arguments_of_other_rows_are_no_arguments() -> None:
     dataset = Dataset.from_list([{**ASKED, "chat_template_kwargs": given} for given in ({"a": False}, {"b": 1}, None)])
     found = [parse_row({**dataset[number], "tools": None}, number).template_arguments for number in range(3)]

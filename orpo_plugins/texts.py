@@ -154,14 +154,16 @@ class TextBuilder:
         spans = []
         for number, k in enumerate(turns):
             following = turns[number + 1] if number + 1 < len(turns) else len(messages)
-            end = starts[number + 1] if number + 1 < len(turns) else len(full)
+            last = following == len(messages)
+            end = len(full) if last else starts[number + 1]
             if following > k + 1:
                 until = self._render(messages[: k + 1], arguments)
                 if full.startswith(until):
                     end = len(until)
                 else:
-                    last = following == len(messages)
-                    end -= self._length_between(messages, k, following, arguments, opens=not last)
+                    # All of the opening, of which a finished turn may have kept less (no empty reasoning block, say).
+                    behind = full if last else opened[number + 1]
+                    end = len(behind) - self._length_between(messages, k, following, arguments, opens=not last)
             spans.append((starts[number], max(end, starts[number])))
         return spans
 

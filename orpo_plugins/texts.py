@@ -135,48 +135,38 @@ class TextBuilder:
         opened = common_prefix(opened, *full)
         if one_turn:
             return Texts(opened, full[0], full[1])
-        spans = [self._spans(prompt, answer, text, arguments) for answer, text in zip(answers, full, strict=True)]
-        return Texts(opened, full[0], full[1], spans[0], spans[1])
+        chosen, rejected = (
+            [
+                self._span(prompt + answer, len(prompt) + place, text, arguments)
+                for place, message in enumerate(answer)
+                if message["role"] == "assistant"
+            ]
+            for answer, text in zip(answers, full, strict=True)
+        )
+        return Texts(opened, full[0], full[1], chosen, rejected)
 
-    def _spans(
-        self, prompt: list[Message], answer: list[Message], full: str, arguments: dict[str, Any]
-    ) -> list[tuple[int, int]]:
-        """Where the assistant's turns stand in the text of a conversation whose answer has several messages.
+    def _span(self, messages: list[Message], turn: int, full: str, arguments: dict[str, Any]) -> tuple[int, int]:
+        """Where an assistant's turn stands in the text of a conversation whose answer has several messages.
 
-        The text before a turn is rendered for its beginning, the text up to it for its end.  Where the template
-        rewrites earlier turns once others follow, the end is found from behind: what the template writes between the
-        turn's closing and the next opening, rendered around a stand-in.
+        What comes before the turn is rendered for its beginning, and then the turn for its end.  Where the template
+        rewrites these once others follow, the whole conversation is rendered with a stand-in for the turn's content:
+        what is alike before it and what follows its closing are no part of the turn.
         """
-        messages = prompt + answer
-        turns = [k for k in range(len(prompt), len(messages)) if messages[k]["role"] == "assistant"]
-        opened = [self._render(messages[:k], arguments, add_generation_prompt=True) for k in turns]
-        starts = [len(common_prefix(text, full)) for text in opened]
-        spans = []
-        for number, k in enumerate(turns):
-            following = turns[number + 1] if number + 1 < len(turns) else len(messages)
-            last = following == len(messages)
-            end = len(full) if last else starts[number + 1]
-            if following > k + 1:
-                until = self._render(messages[: k + 1], arguments)
-                if full.startswith(until):
-                    end = len(until)
-                else:
-                    # All of the opening, of which a finished turn may have kept less (no empty reasoning block, say).
-                    behind = full if last else opened[number + 1]
-                    end = len(behind) - self._length_between(messages, k, following, arguments, opens=not last)
-            spans.append((starts[number], max(end, starts[number])))
-        return spans
-
-    def _length_between(
-        self, messages: list[Message], turn: int, following: int, arguments: dict[str, Any], *, opens: bool
-    ) -> int:
-        """Characters that the template writes after a turn's closing, up to the opening of the next turn."""
+        opened = self._render(messages[:turn], arguments, add_generation_prompt=True)
+        start = len(common_prefix(opened, full))
+        closed = self._render(messages[: turn + 1], arguments)
+        opens_alike = start == len(opened) or full.startswith(self._render(messages[:turn], arguments))
+        if opens_alike and full.startswith(closed):
+            return start, max(start, len(closed))
         # With its calls, because a template may want one before a tool's answer.
         calls = {key: value for key, value in messages[turn].items() if key == "tool_calls"}
-        stand_in = [*messages[:turn], {"role": "assistant", "content": _STAND_IN, **calls}]
-        closed = self._render(stand_in, arguments).rpartition(_STAND_IN)[2]
-        whole = self._render(stand_in + messages[turn + 1 : following], arguments, add_generation_prompt=opens)
-        return max(0, len(whole.rpartition(_STAND_IN)[2]) - len(closed))
+        others = [*messages[:turn], {"role": "assistant", "content": _STAND_IN, **calls}, *messages[turn + 1 :]]
+        replaced = self._render(others, arguments)
+        closing = self._render(others[: turn + 1], arguments).rpartition(_STAND_IN)[2]
+        if not opens_alike:
+            start = len(common_prefix(replaced, full))
+        end = len(full) - len(replaced.rpartition(_STAND_IN)[2]) + len(closing)
+        return start, max(start, end)
 
     def _check_tools(self, messages: list[Message], arguments: dict[str, Any], text: str) -> None:
         """Raises `RowError` where the template leaves out tools or their calls, once it is known not to do so."""

@@ -39,6 +39,15 @@ MERGED = (
     "{{ message.content }}{% if not message.tool_calls %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Opens answers with an empty reasoning block, and keeps it only behind the last question, as Qwen 3.5's does.
+REASONING = (
+    "{{ bos_token }}{% set last = namespace(user=0) %}{% for message in messages %}{% if message.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}{% for message in messages %}"
+    "<|{{ message.role if message.role != 'tool' else 'user' }}|>"
+    "{% if message.role == 'assistant' and loop.index0 > last.user %}<none>{% endif %}"
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}{{ message.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|><none>{% endif %}"
+)
 TOOLS = [
     {"type": "function", "function": {"name": "order", "parameters": {"properties": {"parcel": {"type": "string"}}}}},
     {"type": "function", "function": {"name": "refund", "parameters": {"properties": {"invoice": {"type": "number"}}}}},
@@ -126,6 +135,12 @@ def test_what_a_tool_answers_inside_the_turn_that_called_it_is_not_trained() -> 
     row = {name: value for name, value in WHOLE.items() if name != "tools"}
     text = "<s><|user|>order today</s><|assistant|>[order]parcel later<|assistant|>gladly</s>"
     assert texts(row, "chosen", MERGED) == (text, "[order]gladly</s>")
+
+
+def test_a_question_after_a_tools_answer_changes_nothing_in_what_is_trained() -> None:
+    row = {name: value for name, value in WHOLE.items() if name != "tools"}
+    row["chosen"] = [*WHOLE["chosen"], turn("user", "call"), turn("assistant", "please")]
+    assert texts(row, "chosen", REASONING)[1] == "[order]</s>gladly</s>please</s>"
 
 
 def test_rows_train_from_a_dataset_whose_columns_arrow_has_filled_up(tmp_path: Path) -> None:

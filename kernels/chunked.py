@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from orpo_plugins.errors import BatchError
 from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
-from orpo_plugins.kernels.products import fresh_memory, times_transposed, working_dtype
+from orpo_plugins.kernels.products import Blocks, fresh_memory, in_blocks, times_transposed, working_dtype
 from orpo_plugins.kernels.reference import combine
 from orpo_plugins.objective import at_least_fp32
 from orpo_plugins.predictions import Predictions
@@ -205,15 +205,18 @@ class Tiling:
         itemsize = working_dtype(hidden.dtype, hidden.device).itemsize
 
         def working_set(lines: int, columns: int) -> int:
-            return lines * columns * (4 + itemsize) + 4 * width * (count + 2 * lines + columns)
+            rows = 2 * count if trainable and itemsize == 4 else count  # fp32: once more, cut into blocks
+            return lines * columns * (4 + itemsize) + 4 * width * (rows + 2 * lines + columns)
 
         if hidden.is_cuda:
             lines, columns, narrowest, smallest = 4096, 8192, 4096, 2**21
         else:
-            lines, columns, narrowest, smallest = 1024 // itemsize, 1024, 128, 2**16
+            # 16 bits: few partial sums over lines, since each is rounded; wider: products as wide as tiles, which are faster.
+            lines, columns, narrowest, smallest = 1024 // itemsize, 1024, 128 if itemsize == 2 else 1024, 2**16
         budget = options.memory_budget
         while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:
             lines, columns = (lines // 2, columns) if 2 * lines >= columns else (lines, columns // 2)
+            narrowest = max(128, narrowest // 2)
         block = min(lines * columns // narrowest, max(count, 1))
         lines, columns = _even(count, lines), min(columns, vocabulary)
         kept = 0
@@ -408,11 +411,6 @@ class _Scan:
     kept: _Kept
 
 
-_BLOCK = 128
-"""Terms of a logit, or of an entry of the weight's gradient, that are summed at a time: fp32 gradients on a CPU come
-out closer to float64 than MKL's, whose products take twice the time."""
-
-
 class _Head:
     """One call's inputs, and the passes over their tiles."""
 
@@ -445,9 +443,10 @@ class _Head:
         tiles = list(_cut(self.weight.shape[0], self.tiling.columns))
         kept = self._room_for(tiles[: self.tiling.kept], target)
         expected = torch.empty_like(self.hidden, dtype=self.wide) if need_hidden else None
-        for lines in _cut(count, self.tiling.lines):
-            self._scan_lines(lines, tiles, running, kept, expected)
-            if expected is not None:
+        for index in range(len(tiles)):
+            self._scan_tile(index, tiles[index], running, kept, expected)
+        if expected is not None:
+            for lines in _cut(count, self.tiling.lines):
                 self._finish_hidden(lines, target, target_slope, running, expected)
         return self._finish(target, target_slope, running, kept, expected)
 
@@ -470,25 +469,24 @@ class _Head:
         slope = None if self.transform.inner is None else 1.0 - bent.square()
         return bent * self.transform.factor, slope
 
-    def _scan_lines(
-        self, lines: slice, tiles: list[slice], running: Running, kept: "_Kept", expected: Tensor | None
-    ) -> None:
-        """The tiles of some lines; leaves sum(E * slope) @ weight, unscaled, in `expected`."""
-        hidden, tokens, here = self.hidden[lines], self.tokens[lines], running.of(lines)
-        for index, columns in enumerate(tiles):
-            weight = self.weight[columns].to(self.dtype)
-            raw = self._raw(hidden, weight)
+    def _scan_tile(self, index: int, columns: slice, running: Running, kept: "_Kept", expected: Tensor | None) -> None:
+        """One tile of the vocabulary for all lines; adds its E * slope times weight, unscaled, to `expected`."""
+        weight = self.weight[columns].to(self.dtype)
+        for_logits, for_hidden = in_blocks(weight), weight.T
+        bias = None if self.bias is None else self.bias[columns]
+        for lines in _cut(self.hidden.shape[0], self.tiling.lines):
+            here = running.of(lines)
+            raw = self._raw(self.hidden[lines], for_logits)
             out = None
             if index < len(kept.tiles):
                 out = kept.tiles[index][lines]
             elif expected is not None:
                 out = self._like(raw)
-            bias = None if self.bias is None else self.bias[columns]
-            shrink = self.steps.scan(raw, bias, tokens - columns.start, self.transform, here, out)
+            shrink = self.steps.scan(raw, bias, self.tokens[lines] - columns.start, self.transform, here, out)
             if index < len(kept.tiles):
                 kept.references[index][lines] = here.reference
             if expected is not None and out is not None:
-                product = self._product(out, weight.T)
+                product = self._product(out, for_hidden)
                 if index == 0:
                     expected[lines] = product
                 else:
@@ -553,21 +551,27 @@ class _Head:
         at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
         if scan.kept.columns:
             rows = (self.hidden * coefficients[:, None]).to(self.dtype)
+            for_weight = in_blocks(rows.T, 256)
             for columns, tile in self._kept_tiles(scan, at_target):
                 if d_weight is not None:
-                    times_transposed(tile, rows.T, d_weight[columns], block=_BLOCK)
+                    times_transposed(tile, for_weight, d_weight[columns])
                 if d_bias is not None:
                     d_bias[columns] = tile.to(self.wide) @ coefficients
-            del rows, tile
+            del rows, for_weight, tile
         done = scan.kept.columns[-1].stop if scan.kept.columns else 0
         scan.kept.tiles.clear()
         width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
+        again = [
+            (lines, in_blocks(self.hidden[lines]), in_blocks(self.hidden[lines].T, 256))
+            for lines in _cut(len(self.hidden), self.tiling.block)
+            if done < len(self.weight)
+        ]
         for columns in _cut(len(self.weight), width, start=done):
             of_weight = of_bias = None
-            for lines in _cut(len(self.hidden), self.tiling.block):
-                tile = self._again(scan, columns, lines, at_target, coefficients)
+            for lines, for_logits, for_weight in again:
+                tile = self._again(scan, columns, lines, for_logits, at_target, coefficients)
                 if d_weight is not None:
-                    of_weight = _plus(of_weight, times_transposed(tile, self.hidden[lines].T, block=_BLOCK))
+                    of_weight = _plus(of_weight, times_transposed(tile, for_weight))
                 if d_bias is not None:
                     of_bias = _plus(of_bias, tile.sum(1, dtype=self.wide))
             if d_weight is not None and of_weight is not None:
@@ -584,19 +588,27 @@ class _Head:
             put(tile, 1, self.tokens - columns.start, at_target)
             yield columns, tile.T
 
-    def _again(self, scan: _Scan, columns: slice, lines: slice, at_target: Tensor, coefficients: Tensor) -> Tensor:
+    def _again(
+        self,
+        scan: _Scan,
+        columns: slice,
+        lines: slice,
+        hidden: Tensor | Blocks,
+        at_target: Tensor,
+        coefficients: Tensor,
+    ) -> Tensor:
         """A tile [columns, lines], computed a second time; its lines scaled before anything is rounded to 16 bits."""
         # Transposed, because then both this product and the one with the rows read their operands as they lie.
-        raw = self._raw(self.weight[columns].to(self.dtype), self.hidden[lines])
+        raw = self._raw(self.weight[columns].to(self.dtype), hidden)
         out = self._like(raw)
         bias = None if self.bias is None else self.bias[columns]
         targets, reference = self.tokens[lines] - columns.start, scan.reference[lines]
         self.steps.gradient(raw, bias, targets, self.transform, reference, at_target[lines], coefficients[lines], out)
         return out
 
-    def _raw(self, a: Tensor, b: Tensor) -> Tensor:
+    def _raw(self, a: Tensor, b: Tensor | Blocks) -> Tensor:
         """a @ b.T of one tile, in its own memory until the next call."""
-        return times_transposed(a, b, self._reused("raw", len(a), len(b)), block=_BLOCK)
+        return times_transposed(a, b, self._reused("raw", len(a), len(b[0] if isinstance(b, tuple) else b)))
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b.T in at least fp32, in its own memory until the next call."""

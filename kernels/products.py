@@ -14,31 +14,52 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _WIDE_RESULTS = hasattr(torch.ops.aten.mm, "dtype")
 
 
-def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None, *, block: int = 1024) -> Tensor:
+Blocks = tuple[Tensor, ...]
+"""A matrix [N, K], cut along K, each part as the product wants it."""
+
+
+def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -> Tensor:
     """a [M, K] @ b[N, K].T, in fp32 (fp64 for fp64) where the device can give it, else in the dtype of `a`.
 
-    Returns `out` where it is given, rounded to its dtype.  fp32 products on a CPU are summed in blocks of K: each
-    costs 2 to 3 % of the time at 128, and keeps rounding from growing with the root of K.
+    Returns `out` where it is given, rounded to its dtype.  With `b` from `in_blocks` the sum is taken block by block.
     """
-    if _WIDE_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
+    if isinstance(b, tuple):
+        product = _summed(a, b)
+    elif _WIDE_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
         product = torch.mm(a, b.T, out_dtype=torch.float32)
-    elif a.device.type == "cpu" and a.dtype == torch.float32 and _ONEDNN is not None and a.numel() and b.numel():
-        product = _in_blocks(a, b, block)
+    elif _by_onednn(a) and a.numel() and b.numel():
+        product = _ONEDNN(a, _gapless(b), None, "none", [], "")  # type: ignore[misc]
     else:
         return torch.mm(a, b.T) if out is None else torch.mm(a, b.T, out=out)
     return product if out is None else out.copy_(product)
 
 
-def _in_blocks(a: Tensor, b: Tensor, block: int) -> Tensor:
-    """a @ b.T in fp32 by oneDNN, which adds the terms of a dot product one after another, as a sum over blocks."""
-    blocks = -(-a.shape[1] // block)
-    total: Tensor | None = None
-    for left, right in zip(a.chunk(blocks, 1), b.chunk(blocks, 1), strict=True):
-        # Rows with gaps between them on the right send oneDNN to an implementation a thousand times slower.
-        right = right if right.is_contiguous() or right.T.is_contiguous() else right.contiguous()
-        part: Tensor = _ONEDNN(left, right, None, "none", [], "")  # type: ignore[misc]
-        total = part if total is None else total.add_(part)
-    assert total is not None
+def in_blocks(b: Tensor, block: int = 128) -> Tensor | Blocks:
+    """`b` [N, K] for several products that are to be summed in blocks of K; itself where that would change nothing.
+
+    oneDNN adds the terms of a dot product one after another, so that rounding in fp32 grows with the root of K.  In
+    blocks of 128 it stays below that of MKL, which takes twice the time.
+    """
+    blocks = -(-b.shape[1] // block)
+    if blocks < 2 or not b.numel() or not _by_onednn(b):
+        return b
+    return tuple(_gapless(part) for part in b.chunk(blocks, 1))
+
+
+def _by_onednn(a: Tensor) -> bool:
+    return a.device.type == "cpu" and a.dtype == torch.float32 and _ONEDNN is not None
+
+
+def _gapless(b: Tensor) -> Tensor:
+    # Rows with gaps between them on the right send oneDNN to an implementation a thousand times slower.
+    return b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
+
+
+def _summed(a: Tensor, b: Blocks) -> Tensor:
+    parts = torch.split(a, [part.shape[1] for part in b], dim=1)
+    total: Tensor = _ONEDNN(parts[0], b[0], None, "none", [], "")  # type: ignore[misc]
+    for left, right in zip(parts[1:], b[1:], strict=True):
+        total += _ONEDNN(left, right, None, "none", [], "")  # type: ignore[misc]
     return total
 
 

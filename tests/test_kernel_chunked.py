@@ -12,7 +12,7 @@ from kernel_cases import make_case, run_case
 
 from orpo_plugins.interfaces import HeadOptions, Objective
 from orpo_plugins.kernels import chunked
-from orpo_plugins.kernels.products import times_transposed
+from orpo_plugins.kernels.products import in_blocks, times_transposed
 from orpo_plugins.kernels.reference import reference_head
 from orpo_plugins.predictions import Predictions
 
@@ -87,7 +87,7 @@ def test_long_sums_in_fp32_are_within_some_roundings_of_float64(layout):
     elif layout == "transposed":
         left, right = left.T.contiguous().T, right.T.contiguous().T
     # Adding 8,192 terms one after another is off by 1.6e-6, in blocks by the root of their number less.
-    assert_within(times_transposed(left, right, block=128), exact, 5e-7)
+    assert_within(times_transposed(left, in_blocks(right)), exact, 5e-7)
 
 
 def test_a_small_budget_takes_smaller_tiles_and_a_large_one_keeps_them():

@@ -211,7 +211,7 @@ class Tiling:
         if hidden.is_cuda:
             lines, columns, narrowest, smallest = 4096, 8192, 4096, 2**21
         else:
-            # 16 bits: few partial sums over lines, since each is rounded; wider: products as wide as tiles, which are faster.
+            # 16 bits: few partial sums over lines, since each is rounded; wider: wide products, which are faster.
             lines, columns, narrowest, smallest = 1024 // itemsize, 1024, 128 if itemsize == 2 else 1024, 2**16
         budget = options.memory_budget
         while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:

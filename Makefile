@@ -34,7 +34,7 @@ gpu: .venv-latest/.test
 	.venv-latest/bin/python benchmarks/head.py
 	.venv-latest/bin/python benchmarks/head.py --accuracy --name head_gpu_accuracy
 	.venv-latest/bin/python benchmarks/head_growth.py --name head_gpu_growth
-	for adapter in none lora; do for model in 0.5b 8b; do \
+	set -e; for adapter in none lora; do for model in 0.5b 8b; do \
 	  .venv-latest/bin/python benchmarks/step.py --rows prompt-heavy answer-heavy --model $$model --adapter $$adapter; \
 	  .venv-latest/bin/python benchmarks/step.py --longest --model $$model --adapter $$adapter; done; done
 

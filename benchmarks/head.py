@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from head_peers import PEERS, Peer, ours_with_budget
+from head_peers import PEERS, Peer, live_targets, ours_with_budget
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,22 +41,30 @@ def main() -> None:
     rows = earlier(arguments, set(map(_cell, cells))) if arguments.keep else []
     for number, (_, group) in enumerate(itertools.groupby(cells, _cell), 1):
         print(f"cell {number} of {len(set(map(_cell, cells)))}", flush=True)
-        found: dict[str, dict[str, Any]] = {}
-        waiting = list(group)
-        for _ in range(arguments.rounds):
-            for cell in waiting:
-                started = time.monotonic()
-                row = cell | run_child(cell, arguments.timeout)
-                print(f"  {describe(row)}  ({time.monotonic() - started:.0f} s)", flush=True)
-                best = found.get(cell["peer"], row)
-                found[cell["peer"]] = min(best, row, key=lambda row: row.get("seconds", float("inf")))
-                write(arguments, rows + list(found.values()))
-            # Again, in turns, whatever may be the fastest.
-            fastest = min((row.get("seconds", float("inf")) for row in found.values()), default=0.0)
-            waiting = [cell for cell in waiting if found[cell["peer"]].get("seconds", float("inf")) < 1.5 * fastest]
-        rows += found.values()
+        for found in in_turns(list(group), arguments):
+            write(arguments, rows + found)
+        rows += found
     print(table(rows))
     plot(arguments, rows)
+
+
+def in_turns(waiting: list[dict[str, Any]], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The best row of each variant of one cell so far, after each measurement."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(arguments.rounds):
+        for cell in waiting:
+            started = time.monotonic()
+            row = cell | run_child(cell, arguments.timeout)
+            print(f"  {describe(row)}  ({time.monotonic() - started:.0f} s)", flush=True)
+            found[cell["peer"]] = min(found.get(cell["peer"], row), row, key=_seconds)
+            yield list(found.values())
+        # Again, in turns, whatever may be the fastest.
+        fastest = min(map(_seconds, found.values()))
+        waiting = [cell for cell in waiting if _seconds(found[cell["peer"]]) < 1.5 * fastest]
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return float(row.get("seconds", float("inf")))
 
 
 def earlier(arguments: argparse.Namespace, again: set[str]) -> list[dict[str, Any]]:
@@ -158,7 +166,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             break
     found = {"seconds": min(seconds), "median_seconds": sorted(seconds)[len(seconds) // 2], "peak_mib": memory / 2**20}
     if cell["peer"].startswith("ours"):
-        live = int((labels != -100).sum() + ((nll_labels != -100) & (labels[: cell["pairs"]] == -100)).sum())
+        live = int(live_targets(labels, nll_labels)[0].sum())
         found["of_matrix_rate"] = necessary_operations(cell, live) / found["seconds"] / matrix_rate(cell, device)
     return found
 
@@ -301,10 +309,10 @@ def _entry(row: dict[str, Any] | None) -> str:
 
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Machine, versions, command and rows, after every variant."""
+    """Machine, versions, command and rows, after every variant; for any program of this folder."""
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "command": " ".join(["python", "benchmarks/head.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
         "versions": {name: version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),

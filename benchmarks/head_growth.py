@@ -8,7 +8,6 @@ continued in proportion from the largest that was, drawn dashed and marked "anal
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +34,7 @@ def main() -> None:
         for row in measured(series, arguments):
             rows.append(row)
             print(describe(row), flush=True)
-            write(rows, arguments.name)
+            head.write(arguments, rows)
     plot(rows, arguments.name)
 
 
@@ -85,14 +84,6 @@ def describe(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{where}: {row['error']}"
     return f"{where}: {row['beyond_mib']:.0f} MiB{' (in proportion)' if row['analytic'] else ''}"
-
-
-def write(rows: list[dict[str, Any]], name: str) -> None:
-    """After every measurement."""
-    head.RESULTS.mkdir(exist_ok=True)
-    content = {"command": "python benchmarks/head_growth.py", "machine": head.machine()}
-    content["versions"] = {name: head.version(name) for name in head.PACKAGES}
-    (head.RESULTS / f"{name}.json").write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
 
 
 def plot(rows: list[dict[str, Any]], name: str) -> None:

@@ -48,7 +48,7 @@ def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tens
     """TRL 1.16's `ChunkedLogProbFunction`, with the chunk size of its fused heads."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    live, targets = _live(labels, nll_labels)
+    live, targets = live_targets(labels, nll_labels)
     logps = torch.zeros(labels.shape, device=hidden.device)
     rows = ChunkedLogProbFunction.apply(hidden[live], weight, None, targets[live], 1.0, 8192, None, 1.0, ())[0]
     return _objective(logps.masked_scatter(live, rows), labels, nll_labels)
@@ -73,7 +73,7 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels
     """apple/ml-cross-entropy, its Triton kernels on GPUs and its torch.compile form elsewhere."""
     from cut_cross_entropy import linear_cross_entropy
 
-    _, targets = _live(labels, nll_labels)
+    _, targets = live_targets(labels, nll_labels)
     # Its gradient filter drops small probabilities; exact gradients are what is compared here.
     impl = {"impl": "cce", "filter_eps": None} if hidden.is_cuda else {"impl": "torch_compile"}
     nll = linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORE, reduction="none", **impl)
@@ -84,7 +84,7 @@ def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Ten
     """liger-kernel's per-token scaled cross entropy, with the fastest implementation that it finds for the device."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
-    live, targets = _live(labels, nll_labels)
+    live, targets = live_targets(labels, nll_labels)
     nll = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden[live], weight, targets[live])
     logps = torch.zeros(labels.shape, device=hidden.device, dtype=torch.float32)
     return _objective(-logps.masked_scatter(live, nll.float()), labels, nll_labels)
@@ -92,7 +92,7 @@ def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Ten
 
 def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor) -> Tensor:
     """torch's own `linear_cross_entropy` with its chunking options."""
-    live, targets = _live(labels, nll_labels)
+    live, targets = live_targets(labels, nll_labels)
     nll = F.linear_cross_entropy(
         hidden[live], weight, targets[live], reduction="none", options=torch.nn.LinearCrossEntropyOptions()
     )
@@ -113,7 +113,7 @@ if torch.cuda.is_available():  # elsewhere it falls back to a plain loop over ch
     PEERS["Liger scaled"] = liger_scaled
 
 
-def _live(labels: Tensor, nll_labels: Tensor) -> tuple[Tensor, Tensor]:
+def live_targets(labels: Tensor, nll_labels: Tensor) -> tuple[Tensor, Tensor]:
     """(positions that predict something, what each predicts), both [2B, T]."""
     targets = labels.clone()
     targets[: len(nll_labels)] = torch.where(nll_labels != IGNORE, nll_labels, labels[: len(nll_labels)])

@@ -443,8 +443,8 @@ class _Head:
         tiles = list(_cut(self.weight.shape[0], self.tiling.columns))
         kept = self._room_for(tiles[: self.tiling.kept], target)
         expected = torch.empty_like(self.hidden, dtype=self.wide) if need_hidden else None
-        for index in range(len(tiles)):
-            self._scan_tile(index, tiles[index], running, kept, expected)
+        for index, columns in enumerate(tiles):
+            self._scan_tile(index, columns, running, kept, expected)
         if expected is not None:
             for lines in _cut(count, self.tiling.lines):
                 self._finish_hidden(lines, target, target_slope, running, expected)
@@ -560,11 +560,12 @@ class _Head:
             del rows, for_weight, tile
         done = scan.kept.columns[-1].stop if scan.kept.columns else 0
         scan.kept.tiles.clear()
+        if done == len(self.weight):
+            return d_weight, d_bias
         width = max(128, self.tiling.lines * self.tiling.columns // self.tiling.block)
         again = [
             (lines, in_blocks(self.hidden[lines]), in_blocks(self.hidden[lines].T, 256))
             for lines in _cut(len(self.hidden), self.tiling.block)
-            if done < len(self.weight)
         ]
         for columns in _cut(len(self.weight), width, start=done):
             of_weight = of_bias = None

@@ -28,7 +28,7 @@ def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -
     elif _WIDE_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
         product = torch.mm(a, b.T, out_dtype=torch.float32)
     elif _by_onednn(a) and a.numel() and b.numel():
-        product = _ONEDNN(a, _gapless(b), None, "none", [], "")  # type: ignore[misc]
+        product = _onednn(a, _gapless(b))
     else:
         return torch.mm(a, b.T) if out is None else torch.mm(a, b.T, out=out)
     return product if out is None else out.copy_(product)
@@ -57,10 +57,15 @@ def _gapless(b: Tensor) -> Tensor:
 
 def _summed(a: Tensor, b: Blocks) -> Tensor:
     parts = torch.split(a, [part.shape[1] for part in b], dim=1)
-    total: Tensor = _ONEDNN(parts[0], b[0], None, "none", [], "")  # type: ignore[misc]
+    total = _onednn(parts[0], b[0])
     for left, right in zip(parts[1:], b[1:], strict=True):
-        total += _ONEDNN(left, right, None, "none", [], "")  # type: ignore[misc]
+        total += _onednn(left, right)
     return total
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    product: Tensor = _ONEDNN(a, b, None, "none", [], "")  # type: ignore[misc]  # asked for by `_by_onednn`
+    return product
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

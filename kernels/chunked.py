@@ -311,13 +311,12 @@ class EagerSteps:
         out: Tensor | None,
     ) -> Tensor:
         """See `TileSteps`."""
-        wide = _bent(self._wide(raw), None if bias is None else bias[None, :], transform)
+        wide, slope = _bent(self._wide(raw), None if bias is None else bias[None, :], transform)
         if running.raw_sum is not None:
             running.raw_sum += wide.sum(1)
         highest = (wide.amax(1) * transform.factor).ceil_()
         reference = torch.maximum(running.reference, highest)
         shrink = torch.exp2(running.reference - reference)
-        slope = None if transform.inner is None else wide.square().neg_().add_(1.0)
         tile = _powers(wide, reference[:, None], transform)
         put(tile, 1, targets, 0.0)
         running.others.mul_(shrink).add_(tile.sum(1))
@@ -340,8 +339,7 @@ class EagerSteps:
         out: Tensor,
     ) -> None:
         """See `TileSteps`."""
-        wide = _bent(self._wide(raw), None if bias is None else bias[:, None], transform)
-        slope = None if transform.inner is None else wide.square().neg_().add_(1.0)
+        wide, slope = _bent(self._wide(raw), None if bias is None else bias[:, None], transform)
         tile = _powers(wide, reference[None, :], transform).mul_(coefficients)
         if slope is not None:
             tile *= slope
@@ -350,13 +348,15 @@ class EagerSteps:
             out.copy_(tile)
 
 
-def _bent(raw: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
-    """raw + bias, then tanh(inner * ...) where there is a soft-cap; in place."""
+def _bent(raw: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor | None]:
+    """raw + bias, in place; with a soft-cap tanh(inner * ...) of it, and tanh's slope there."""
     if bias is not None:
         raw += bias
-    if transform.inner is not None:
-        raw.mul_(transform.inner).tanh_()
-    return raw
+    if transform.inner is None:
+        return raw, None
+    raw.mul_(transform.inner)
+    slope = raw.cosh().reciprocal_().square_()  # 1 - tanh^2 has no digits left where tanh is close to 1
+    return raw.tanh_(), slope
 
 
 def _powers(raw: Tensor, reference: Tensor, transform: Transform) -> Tensor:
@@ -465,8 +465,7 @@ class _Head:
         for lines in _cut(self.hidden.shape[0], self.tiling.lines):
             targets = self.weight[self.tokens[lines]].to(self.wide)
             raw[lines] = targets.mul_(self.hidden[lines]).sum(1)
-        bent = _bent(raw, None if self.bias is None else self.bias[self.tokens], self.transform)
-        slope = None if self.transform.inner is None else 1.0 - bent.square()
+        bent, slope = _bent(raw, None if self.bias is None else self.bias[self.tokens], self.transform)
         return bent * self.transform.factor, slope
 
     def _scan_tile(self, index: int, columns: slice, running: Running, kept: "_Kept", expected: Tensor | None) -> None:

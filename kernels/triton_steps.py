@@ -88,11 +88,12 @@ class TritonSteps:
 
 
 @triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    # exp of a negative number only, so that it cannot overflow.
+def _bent(x):  # type: ignore[no-untyped-def]
+    # tanh and its slope.  exp of a negative number only, so that it cannot overflow; 1 - tanh^2 would have no digits
+    # left where tanh is close to 1.
     shrunk = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - shrunk) / (1.0 + shrunk)
-    return tl.where(x < 0, -size, size)
+    return tl.where(x < 0, -size, size), 4.0 * shrunk / ((1.0 + shrunk) * (1.0 + shrunk))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -123,7 +124,7 @@ def _scan(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         x += tl.load(bias + column, mask=inside, other=0.0)
     if HAS_CAP:
-        x = _tanh(x * inner)
+        x, slope = _bent(x * inner)
     if HAS_SUM:
         tl.store(raw_sum + line, tl.load(raw_sum + line) + tl.sum(tl.where(inside, x, 0.0), axis=0))
     before = tl.load(reference + line)
@@ -137,7 +138,7 @@ def _scan(  # type: ignore[no-untyped-def]
     tl.store(shrink + line, scale)
     if HAS_OUT:
         if HAS_CAP:
-            power *= 1.0 - x * x
+            power *= slope
         tl.store(out + line * out_stride + column, power.to(out.dtype.element_ty), mask=inside)
 
 
@@ -166,10 +167,10 @@ def _gradient(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         x += tl.load(bias + column)
     if HAS_CAP:
-        x = _tanh(x * inner)
+        x, slope = _bent(x * inner)
     power = tl.exp2(x * factor - tl.load(reference + line, mask=inside, other=0.0))
     if HAS_CAP:
-        power *= 1.0 - x * x
+        power *= slope
     is_target = tl.load(targets + line, mask=inside, other=-1) == column
     power = tl.where(is_target, tl.load(at_target + line, mask=inside, other=0.0), power)
     power *= tl.load(coefficients + line, mask=inside, other=0.0)

@@ -70,9 +70,8 @@ class FusedLinearORPOLoss(nn.Module):
         pairs = target.shape[0] // 2
         predictions = self._predictions(target, target[:pairs] if nll_target is None else nll_target[:pairs])
         check_labels(predictions, target.shape[1], lin_weight.shape[0])
-        rows = _input.flatten(0, 1).index_select(0, predictions.rows)
         result = plugins.kernel("auto", _input.device).compute(
-            rows, lin_weight, bias, predictions, self._objective(predictions), HeadOptions()
+            _input.flatten(0, 1), lin_weight, bias, predictions, self._objective(predictions), HeadOptions()
         )
         chosen, rejected = result.logps.view(2, -1)
         odds = log_odds(chosen, rejected)

@@ -14,6 +14,8 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _WIDE_RESULTS = hasattr(torch.ops.aten.mm, "dtype")
 
 
+SUMMED = 128
+"""Terms of an fp32 dot product that oneDNN adds one after another; see `in_blocks`."""
 Blocks = tuple[Tensor, ...]
 """A matrix [N, K], cut along K, each part as the product wants it."""
 
@@ -34,13 +36,18 @@ def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -
     return product if out is None else out.copy_(product)
 
 
-def in_blocks(b: Tensor, block: int = 128) -> Tensor | Blocks:
+def product_less(a: Tensor, b: Tensor, less: Tensor, out: Tensor | None) -> Tensor:
+    """a [M, K] @ b[N, K].T - less, for a `less` that broadcasts to [M, N], rounded once to the dtype of `a`."""
+    return torch.addmm(less, a, b.T, beta=-1, out=out)
+
+
+def in_blocks(b: Tensor) -> Tensor | Blocks:
     """`b` [N, K] for several products that are to be summed in blocks of K; itself where that would change nothing.
 
     oneDNN adds the terms of a dot product one after another, so that rounding in fp32 grows with the root of K.  In
-    blocks of 128 it stays below that of MKL, which takes twice the time.
+    blocks it stays below that of MKL, which takes twice the time.
     """
-    blocks = -(-b.shape[1] // block)
+    blocks = -(-b.shape[1] // SUMMED)
     if blocks < 2 or not b.numel() or not _by_onednn(b):
         return b
     return tuple(_gapless(part) for part in b.chunk(blocks, 1))
@@ -73,12 +80,12 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
-def fresh_memory(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def fresh_memory(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialized memory for a large buffer that is written once and read once."""
-    size = math.prod(shape) * like.dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < 2**22:
-        return like.new_empty(shape)
+        return like.new_empty(shape, dtype=dtype)
     # Pages of 4 KiB, faulted in one by one, cost as much time as a fifth of what keeping the buffer saves.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

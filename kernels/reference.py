@@ -28,6 +28,7 @@ def reference_head(
     options: HeadOptions,
 ) -> HeadResult:
     """See `KernelFunction`; the arithmetic in one place."""
+    hidden = hidden.index_select(0, predictions.rows)
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     return objective_of_logits(transform_logits(logits, options), predictions, objective)
 

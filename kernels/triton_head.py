@@ -7,7 +7,8 @@ from torch import Tensor
 
 from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
-from orpo_plugins.kernels.chunked import EagerSteps, tiled_head
+from orpo_plugins.kernels.chunked import tiled_head
+from orpo_plugins.kernels.tile_steps import EagerSteps
 from orpo_plugins.predictions import Predictions
 
 

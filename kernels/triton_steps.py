@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_plugins.kernels.chunked import Running, Transform
+from orpo_plugins.kernels.tile_steps import Running, Transform
 
 _LINES_PER_PROGRAM = 1024
 
@@ -17,9 +17,12 @@ _LINES_PER_PROGRAM = 1024
 class TritonSteps:
     """`TileSteps` for fp32, bf16 and fp16 on CUDA devices (and under TRITON_INTERPRET=1 on any)."""
 
+    takes_centers = False  # products of 16 bits come in fp32
+
     def scan(
         self,
         raw: Tensor,
+        center: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
         transform: Transform,
@@ -56,6 +59,7 @@ class TritonSteps:
     def gradient(
         self,
         raw: Tensor,
+        center: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
         transform: Transform,

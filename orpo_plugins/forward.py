@@ -291,8 +291,7 @@ def run_fused(
         weight, bias = head_parameters(head)
         if final_bias is not None:
             bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
-        rows = hidden.flatten(0, -2).index_select(0, predictions.rows)
-        result = kernel.compute(rows, weight, bias, predictions, objective, transform)
+        result = kernel.compute(hidden.flatten(0, -2), weight, bias, predictions, objective, transform)
         means = None
         if options.logit_means and result.logit_means is not None:
             means = _by_side_lines(result.logit_means, predictions)

@@ -156,7 +156,10 @@ class KernelFunction(Protocol):
         objective: Objective,
         options: HeadOptions,
     ) -> HeadResult:
-        """`hidden` [N, H] is already one row per line of `predictions`; `weight` is [V, H], `bias` [V]."""
+        """`hidden` [M, H] has a row per position, of which `predictions.rows` [N] says what to read for each line.
+
+        `weight` is [V, H], `bias` [V].  What stands in rows that no line reads must not matter.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,16 +49,16 @@ def assert_same(actual, expected, tolerance):
     assert_all_within(actual[1], expected[1], tolerance)
 
 
-@pytest.fixture(params=[(512, 512, 4096), (5, 64, 7)], ids=["one tile", "many tiles"])
+@pytest.fixture(params=[(512, 512, 4096, 512, 1024), (5, 64, 7, 32, 96)], ids=["one tile", "many tiles"])
 def tile_sizes(request, monkeypatch):
     """Tile sizes: those in use, and some that cut even the smallest case."""
-    lines, columns, block = request.param
+    lines, columns, block, width, strip = request.param
     plan = chunked.Tiling.plan
 
-    def cut(hidden, weight, options, *, trainable):
-        kept = plan(hidden, weight, options, trainable=trainable).kept
-        tiles = math.ceil(len(weight) / columns)
-        return chunked.Tiling(lines=lines, columns=columns, block=block, kept=min(tiles, kept))
+    def cut(count, weight, options, *, trainable):
+        kept = plan(count, weight, options, trainable=trainable).kept
+        tiles = min(kept, math.ceil(len(weight) / columns))
+        return chunked.Tiling(lines=lines, columns=columns, block=block, width=width, strip=strip, kept=tiles)
 
     monkeypatch.setattr(chunked.Tiling, "plan", cut)
     return request.param
@@ -91,19 +91,19 @@ def test_long_sums_in_fp32_are_within_some_roundings_of_float64(layout):
 
 
 def test_a_small_budget_takes_smaller_tiles_and_a_large_one_keeps_them():
-    hidden, weight = torch.empty(1500, 64), torch.empty(4096, 64)
+    weight = torch.empty(4096, 64)
     plans = {
-        budget: chunked.Tiling.plan(hidden, weight, HeadOptions(memory_budget=budget), trainable=True)
-        for budget in (0, 2**21, None, 2**30)
+        budget: chunked.Tiling.plan(1500, weight, HeadOptions(memory_budget=budget), trainable=True)
+        for budget in (0, 2**20, None, 2**30)
     }
     sizes = [plan.lines * plan.columns for plan in plans.values()]
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
-    assert [plan.kept for plan in plans.values()] == [0, 0, 0, 4]
+    assert [plan.kept for plan in plans.values()] == [0, 0, 0, 8]
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 257, 769, 1500])
 def test_tiles_are_of_about_one_size(count):
-    lines = chunked.Tiling.plan(torch.empty(count, 8), torch.empty(99, 8), HeadOptions(), trainable=False).lines
+    lines = chunked.Tiling.plan(count, torch.empty(99, 8), HeadOptions(), trainable=False).lines
     assert lines * (math.ceil(count / lines) - 1) < count <= lines * math.ceil(count / lines)
     assert lines <= 256
     assert math.ceil(count / lines) == math.ceil(count / 256)

@@ -46,11 +46,11 @@ def differences(case, transform, kept):
     manager = plugins.get_plugin_manager()
     if not manager.has_plugin("interpreted"):
         manager.register(OnAnyDevice, name="interpreted")
-        small = {"lines": 5, "columns": 64, "block": 7}
+        small = {"lines": 5, "columns": 64, "block": 7, "width": 32, "strip": 96}
         plan = chunked.Tiling.plan
 
-        def cut(hidden, weight, options, *, trainable):
-            planned = plan(hidden, weight, options, trainable=trainable)
+        def cut(count, weight, options, *, trainable):
+            planned = plan(count, weight, options, trainable=trainable)
             return chunked.Tiling(**small, kept=-(-len(weight) // 64) if planned.kept else 0)
 
         chunked.Tiling.plan = cut

@@ -1,0 +1,101 @@
+"""How the fused head cuts its work, and how much of it is kept."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orpo_plugins.interfaces import HeadOptions
+from orpo_plugins.kernels.products import SUMMED, working_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How the [N, V] logits are cut."""
+
+    lines: int
+    """Lines per tile of the scan; their hidden states are gathered once for the whole vocabulary."""
+    columns: int
+    """Vocabulary entries per tile of the scan."""
+    block: int
+    """Lines that one product of the weight's gradient sums over."""
+    width: int
+    """Vocabulary entries per tile of the weight's gradient."""
+    strip: int
+    """Vocabulary entries of the weight's gradient that are finished, over all lines, before the next are begun."""
+    kept: int
+    """Tiles of the vocabulary whose probabilities are kept from the scan, for all lines."""
+
+    @property
+    def piece(self) -> int:
+        """Lines that are taken at once where no matrix product is waiting for many."""
+        return max(1, self.lines // 4)
+
+    @classmethod
+    def plan(cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
+        """For `count` lines: tiles that stay in a CPU's caches, or fill a GPU; smaller ones where the budget asks."""
+        vocabulary, hidden_size = weight.shape
+        itemsize = working_dtype(weight.dtype, weight.device).itemsize
+
+        def working_set(lines: int, columns: int) -> int:
+            return lines * columns * (4 + itemsize) + 4 * hidden_size * (4 * lines + columns)
+
+        if weight.is_cuda:
+            lines, columns, smallest = 4096, 8192, 2**21
+        elif itemsize == 2:
+            lines, columns, smallest = 512, 1024 * _threads(), 2**16
+        else:
+            lines, columns, smallest = 1024 // itemsize, 512 * _threads(), 2**15
+        budget = options.memory_budget
+        while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:
+            lines, columns = (lines // 2, columns) if 2 * lines >= columns else (lines, columns // 2)
+        block, width = _weight_tile(count, lines * columns, weight, itemsize)
+        lines, columns = _even(count, lines), min(columns, vocabulary)
+        kept = 0
+        if trainable:
+            spare = 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
+            if budget is not None:
+                spare = max(0, budget - working_set(lines, columns) - count * hidden_size * itemsize)
+            kept = spare // max(1, count * columns * itemsize)
+        return cls(
+            lines=lines,
+            columns=columns,
+            block=block,
+            width=width,
+            strip=max(width, 2 * columns),
+            kept=min(kept, -(-vocabulary // columns)),
+        )
+
+
+def _weight_tile(count: int, entries: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
+    """(block, width) of about as many entries as a tile of the scan has."""
+    if weight.is_cuda:
+        most = 8192
+    elif itemsize == 2:
+        most = entries // 128  # few partial sums over lines, since each is rounded
+    else:
+        most, entries = SUMMED, entries // 2  # the product is as wide as the hidden states and takes the other half
+    block = min(most, max(count, 1))
+    return block, max(128, entries // block)
+
+
+def _threads() -> int:
+    # Every core works on its own part of a tile, in its own caches.
+    return min(torch.get_num_threads(), 8)
+
+
+def _even(count: int, most: int) -> int:
+    """Lines per tile: tiles of about one size, instead of full ones and a small rest that costs as many calls."""
+    tiles = -(-count // most)
+    return max(count, 1) if tiles <= 1 else min(most, -(-count // (32 * tiles)) * 32)
+
+
+def cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """Slices of at most `step` that cover start..stop."""
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def blank(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that is about to be written."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

@@ -98,7 +98,7 @@ def test_a_small_budget_takes_smaller_tiles_and_a_large_one_keeps_them():
     }
     sizes = [plan.lines * plan.columns for plan in plans.values()]
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
-    assert [plan.kept for plan in plans.values()] == [0, 0, 0, 8]
+    assert [plan.kept for plan in plans.values()] == [0, 0, 0, math.ceil(4096 / plans[2**30].columns)]
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 257, 769, 1500])
@@ -134,6 +134,52 @@ def test_16_bit_errors_are_no_larger_than_those_of_the_reference_in_the_same_dty
         # A kept tile is rounded before its line's coefficient is known, which is then rounded as well.
         allowed = 1.3 if budget and name == "weight" else 1.05
         assert ours <= allowed * theirs, f"{name}: {ours:.2e} against {theirs:.2e}"
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 400.0}], ids=["plain", "soft-cap"])
+def test_bf16_probabilities_keep_their_digits_where_all_logits_are_large(transform, budget):
+    torch.manual_seed(0)
+    case = make_case(pairs=2, length=24, width=65, vocabulary=700, scale=0.3)
+    case.hidden[..., -1], case.weight[:, -1] = 16.0, 16.0  # raises all logits by 256, where bf16 has steps of 1 or 2
+    case = case.to(torch.bfloat16)
+    _, actual = run_case(case, kernel="chunked", memory_budget=budget, **transform)
+    _, expected = in_float64(case, **transform)
+    assert_all_within(actual, expected, 6e-3)  # three roundings to bf16, of 1.7e-3 each, and that of the differences
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["in place", "beside"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_rows_may_be_read_in_any_order_and_twice(dtype, budget, tile_sizes):
+    torch.manual_seed(0)
+    rows = torch.randperm(40)[:30]
+    rows = torch.cat([rows, rows[3:11]])
+    count, pairs = len(rows), 2
+    sequences = torch.arange(count) * 2 * pairs // count
+    hidden, weight = torch.randn(40, 16, dtype=dtype) * 0.5, torch.randn(301, 16, dtype=dtype)
+    hidden[sorted(set(range(40)) - set(rows.tolist()))] = math.nan
+    predictions = Predictions(
+        rows=rows,
+        tokens=torch.randint(301, (count,)),
+        sequences=sequences,
+        in_answer=torch.rand(count) < 0.8,
+        in_nll=sequences < pairs,
+        num_pairs=pairs,
+    )
+    objective = Objective(
+        nll_weights=predictions.in_nll / predictions.in_nll.sum(),
+        pair_loss=lambda given: -F.logsigmoid(given.chosen - given.rejected).mean(),
+    )
+    options = HeadOptions(memory_budget=budget, logit_means=True)
+
+    def run(kernel, dtype):
+        leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in (hidden, weight)]
+        result = kernel(*leaves, None, predictions, objective, options)
+        result.loss.backward()
+        return {"hidden": leaves[0].grad, "weight": leaves[1].grad, "means": result.logit_means, "logps": result.logps}
+
+    actual, expected = run(chunked.chunked_head, dtype), run(reference_head, torch.float64)
+    assert_all_within(actual, expected, {torch.float64: 1e-13, torch.float32: FP32, torch.bfloat16: 8e-3}[dtype])
 
 
 @pytest.mark.parametrize("upstream", [1.0, 65536.0, 1e-4])

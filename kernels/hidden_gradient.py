@@ -22,28 +22,32 @@ class HiddenGradient:
     def __init__(self, hidden: Tensor, rows: Tensor, *, spare: int) -> None:
         """`rows` [N]: the row of `hidden` [M, H] that each line reads.
 
-        16-bit gradients wait in fp32 beside the returned memory if that takes no more than `spare` bytes, so that
-        they are rounded once; else, in the returned memory, twice.
+        Up to `spare` bytes, 16-bit gradients wait in fp32 beside the returned memory, so that they are rounded once
+        and not twice, and all gradients on a GPU, since the order of the rows would have to be waited for.
         """
         self._shape, self._dtype = hidden.shape, hidden.dtype
         self._wide = wide = torch.promote_types(hidden.dtype, torch.float32)
-        self._beside = hidden.dtype != wide and len(rows) * hidden.shape[1] * wide.itemsize <= spare
+        aside = hidden.dtype != wide or hidden.is_cuda
+        self._beside = aside and len(rows) * hidden.shape[1] * wide.itemsize <= spare
         self.order: Tensor | None = None
         """[N]: the lines in the order in which they have to be taken; None for any."""
         self._rows, self._first = rows, len(rows)
         if self._beside:
             self._waiting = blank((len(rows), hidden.shape[1]), hidden, wide)
-            return
-        self._rows, order = rows.sort(stable=True)
-        repeated = torch.zeros_like(rows, dtype=torch.bool)
-        repeated[1:] = self._rows[1:] == self._rows[:-1]
+        else:
+            self._sort_lines()
+            self._waiting = blank(tuple(hidden.shape), hidden)
+            self._further = blank((len(rows) - self._first, hidden.shape[1]), hidden)
+
+    def _sort_lines(self) -> None:
+        """By row; lines that are not their row's first come last."""
+        by_row, order = self._rows.sort(stable=True)
+        repeated = torch.zeros_like(by_row, dtype=torch.bool)
+        repeated[1:] = by_row[1:] == by_row[:-1]
         further = repeated.nonzero()[:, 0]
-        if len(further):
-            order = torch.cat([order[~repeated], order[further]])
-            self._rows, self._first = rows[order], len(rows) - len(further)
-        self.order = order
-        self._waiting = blank(tuple(hidden.shape), hidden)
-        self._further = blank((len(further), hidden.shape[1]), hidden)
+        self._first -= len(further)
+        self.order = torch.cat([order[~repeated], order[further]]) if len(further) else order
+        self._rows = self._rows[self.order]
 
     @classmethod
     def of(cls, hidden: Tensor, rows: Tensor, options: HeadOptions) -> "HiddenGradient":

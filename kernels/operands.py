@@ -59,7 +59,7 @@ class Operands:
 
     def raw(self, a: Tensor, b: Tensor | Blocks, center: Tensor | None) -> Tensor:
         """a @ b.T - center, in memory of its own until the next call."""
-        memory = self._reused("raw", len(a), len(b[0] if isinstance(b, tuple) else b))
+        memory = self._reused("raw", len(a), len(b))
         if center is None:
             return times_transposed(a, b, memory)
         assert isinstance(b, Tensor)

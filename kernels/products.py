@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +17,16 @@ _WIDE_RESULTS = hasattr(torch.ops.aten.mm, "dtype")
 
 SUMMED = 128
 """Terms of an fp32 dot product that oneDNN adds one after another; see `in_blocks`."""
-Blocks = tuple[Tensor, ...]
-"""A matrix [N, K], cut along K, each part as the product wants it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A matrix [N, K], cut along K."""
+
+    parts: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
 
 
 def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -> Tensor:
@@ -25,7 +34,7 @@ def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -
 
     Returns `out` where it is given, rounded to its dtype.  With `b` from `in_blocks` the sum is taken block by block.
     """
-    if isinstance(b, tuple):
+    if isinstance(b, Blocks):
         product = _summed(a, b)
     elif _WIDE_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
         product = torch.mm(a, b.T, out_dtype=torch.float32)
@@ -41,8 +50,8 @@ def product_less(a: Tensor, b: Tensor, less: Tensor, out: Tensor | None) -> Tens
     return torch.addmm(less, a, b.T, beta=-1, out=out)
 
 
-def in_blocks(b: Tensor) -> Tensor | Blocks:
-    """`b` [N, K] for several products that are to be summed in blocks of K; itself where that would change nothing.
+def in_blocks(b: Tensor, *, uses: int = 2) -> Tensor | Blocks:
+    """`b` [N, K] for some products that are to be summed in blocks of K; itself where that would change nothing.
 
     oneDNN adds the terms of a dot product one after another, so that rounding in fp32 grows with the root of K.  In
     blocks it stays below that of MKL, which takes twice the time.
@@ -50,7 +59,9 @@ def in_blocks(b: Tensor) -> Tensor | Blocks:
     blocks = -(-b.shape[1] // SUMMED)
     if blocks < 2 or not b.numel() or not _by_onednn(b):
         return b
-    return tuple(_gapless(part) for part in b.chunk(blocks, 1))
+    parts = b.chunk(blocks, 1)
+    # For a single product each part is copied when its turn comes, so that they are not all in memory at once.
+    return Blocks(parts if uses == 1 else tuple(map(_gapless, parts)))
 
 
 def _by_onednn(a: Tensor) -> bool:
@@ -63,10 +74,10 @@ def _gapless(b: Tensor) -> Tensor:
 
 
 def _summed(a: Tensor, b: Blocks) -> Tensor:
-    parts = torch.split(a, [part.shape[1] for part in b], dim=1)
-    total = _onednn(parts[0], b[0])
-    for left, right in zip(parts[1:], b[1:], strict=True):
-        total += _onednn(left, right)
+    lefts = torch.split(a, [part.shape[1] for part in b.parts], dim=1)
+    total = _onednn(lefts[0], _gapless(b.parts[0]))
+    for left, right in zip(lefts[1:], b.parts[1:], strict=True):
+        total += _onednn(left, _gapless(right))
     return total
 
 

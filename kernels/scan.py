@@ -90,7 +90,7 @@ def _scan_tile(
     """Takes one tile into `running`, and adds its E * slope times weight, unscaled, to `expected`."""
     weight, bias = inputs.tile_of_weight(columns)
     center = inputs.center(running.reference)
-    raw = inputs.raw(hidden, in_blocks(weight), None if center is None else center[:, None])
+    raw = inputs.raw(hidden, in_blocks(weight, uses=1), None if center is None else center[:, None])
     out = None
     if index < len(kept.tiles):
         out = kept.tiles[index][lines]

@@ -46,7 +46,7 @@ class Tiling:
         elif itemsize == 2:
             lines, columns, smallest = 512, 1024 * _threads(), 2**16
         else:
-            lines, columns, smallest = 1024 // itemsize, 512 * _threads(), 2**15
+            lines, columns, smallest = 1024 // itemsize, 640 * _threads(), 2**15
         budget = options.memory_budget
         while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:
             lines, columns = (lines // 2, columns) if 2 * lines >= columns else (lines, columns // 2)

@@ -235,8 +235,9 @@ def test_no_micro_batch_waits_for_the_device(split: str, layout: str, tmp_path: 
             made.compute_loss(made.model, batch).backward()
         else:
             made.prediction_step(made.model, batch, prediction_loss_only=False)
-    # These two look at values only where the tensor is on a CPU.
-    assert set(found.seen) <= {"check_vocabulary", "backward"}
+    # The first two look at values only where the tensor is on a CPU; on a GPU the others are not needed before the
+    # gradient of the hidden states takes 256 MiB.
+    assert set(found.seen) <= {"check_vocabulary", "backward", "_sort_lines", "_move"}
 
 
 def test_the_synchronization_counter_counts() -> None:

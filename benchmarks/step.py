@@ -38,6 +38,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 LONGEST = 1024
 PAIRS = 4
 GOALS = {"trainable": 3.2, "frozen": 3.6}
+SHORTEST = 256
+# torch on a CPU and mmap, torch on a GPU, Python, C++, Rust (tokenizers): a step that needs too much ends its process.
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "MemoryError", "bad_alloc", "memory allocation of")
 CUDA = torch.cuda.is_available()
 ACTIVITIES = [torch.profiler.ProfilerActivity.CUDA if CUDA else torch.profiler.ProfilerActivity.CPU]
 
@@ -128,18 +131,20 @@ def find_longest(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def longest_of(setting: dict[str, Any]) -> int:
-    """See `find_longest`; a step that needs too much ends its process with torch's own error."""
+    """See `find_longest`; 0 where not even `SHORTEST` fits."""
 
     def fits(tokens: int) -> bool:
         try:
             spawn(setting | {"longest": tokens})
         except RuntimeError as error:
-            if "allocate memory" in str(error) or "out of memory" in str(error) or "MemoryError" in str(error):
+            if any(words in str(error) for words in OUT_OF_MEMORY):
                 return False
             raise
         return True
 
-    low = 512
+    if not fits(SHORTEST):
+        return 0
+    low = SHORTEST
     while fits(2 * low):
         low *= 2
     for step in (low // 2, low // 4):

@@ -116,14 +116,36 @@ def _describe(weight: Any) -> str:
     return f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(type(weight).__name__)
 
 
+class _StandIn:
+    """What stands at a head's `forward` meanwhile.
+
+    One object per head, since torch.compile would compile anew for another one, and never traced: a kernel gains
+    nothing from it, and inductor rejects some of its products (torch 2.13).
+    """
+
+    def __init__(self) -> None:
+        self.forward: Callable[..., Tensor] | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.forward is not None
+        return self.forward(*args, **kwargs)
+
+
+_stand_ins: "weakref.WeakKeyDictionary[nn.Module, _StandIn]" = weakref.WeakKeyDictionary()
+
+
 @contextmanager
 def replaced_forward(head: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Puts `forward` in place of `head.forward` (hooks around it stay), and takes it out again."""
     previous = head.__dict__.get("forward")
-    head.forward = forward
+    stand_in = _stand_ins.setdefault(head, _StandIn())
+    outer, stand_in.forward = stand_in.forward, forward
+    head.forward = stand_in
     try:
         yield
     finally:
+        stand_in.forward = outer
         if previous is None:
             del head.forward
         else:  # an instance attribute already stood there: Accelerate's device hooks, another interception
@@ -195,7 +217,8 @@ def _probe(model: nn.Module, input_ids: Tensor) -> HeadOptions:
     keep_four_bit_trainable(model)
     tokens = input_ids.reshape(-1)[:2].reshape(1, -1)
     inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})}
-    with torch.no_grad(), evaluating(model), replaced_forward(head, forward), final_bias_taken_out(model):
+    eager = torch.compiler.set_stance("force_eager")  # one pass is not worth compiling for
+    with torch.no_grad(), eager, evaluating(model), replaced_forward(head, forward), final_bias_taken_out(model):
         received = logits_of(model(**inputs, use_cache=False))
     if len(sent) != 1 or received.shape != sent[0].shape:
         raise ModelError(

@@ -1,5 +1,6 @@
 """The intercepted head: same loss and gradients as the model's own logits, in every family, or a clear refusal."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -159,3 +160,17 @@ def test_wrappers_are_looked_through() -> None:
     assert unwrap_model(wrapped) is model
     assert unwrap_model(torch.compile(model)) is model
     assert output_head(wrapped) is model.lm_head
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
+def test_a_model_compiled_by_inductor_trains_through_the_fused_head() -> None:
+    torch._dynamo.reset()
+    model = build("llama")
+    expected_loss, expected = loss_and_gradients(model, "chunked")
+    model.zero_grad()
+    loss = orpo_forward(torch.compile(model), batch(), kernel="chunked").loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - expected[name]).norm() < 1e-5 * expected[name].norm(), name

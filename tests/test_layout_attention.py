@@ -352,10 +352,12 @@ def test_other_modules_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
-def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch():
+@pytest.mark.parametrize("kernel", ["reference", "chunked"])
+def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch(kernel):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
+    counters.clear()
     made = model(num_hidden_layers=1)
     layout = plugins.layout("shared")
     layout.prepare(made)
@@ -363,7 +365,7 @@ def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch():
     frames = []
     for changed in range(4):
         batch = layout.collate(random_pairs(((9 + changed, 5, 8), (2, 12, 3))), pad_token_id=0, nll_over="sequence")
-        loss, expected = (orpo_forward(one, batch, kernel="reference").loss for one in (compiled, made))
+        loss, expected = (orpo_forward(one, batch, kernel=kernel).loss for one in (compiled, made))
         assert_within(loss, expected, 1e-6)
         frames.append(counters["frames"]["total"])
     assert frames[1] == frames[-1]

@@ -34,7 +34,7 @@ class TextBuilder:
         tokenizer: see `PairBuilder`.
 
     Raises:
-        ConfigError: a conversation, and no chat template.
+        ConfigError: a conversation, and no chat template, or one that does not write it.
         RowError: a conversation that the template refuses, or templated text whose prompt cannot be found.
     """
 
@@ -127,6 +127,7 @@ class TextBuilder:
         answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected) if answer is not None]
         full = [self._render(prompt + answer, arguments) for answer in answers]
         for answer, text in zip(answers, full, strict=True):
+            self._check_text(prompt + answer)
             self._check_tools(prompt + answer, arguments, text)
         starts_answer = all(answer[0]["role"] == "assistant" for answer in answers)
         one_turn = starts_answer and all(len(answer) == 1 for answer in answers)
@@ -167,6 +168,23 @@ class TextBuilder:
             start = len(common_prefix(replaced, full))
         end = len(full) - len(replaced.rpartition(_STAND_IN)[2]) + len(closing)
         return start, max(start, end)
+
+    def _check_text(self, messages: list[Message]) -> None:
+        """Raises `ConfigError` where the template passes over contents that are strings."""
+        strings = any(isinstance(content := message["content"], str) and content.strip() for message in messages)
+        if strings and not self._writes_strings:
+            raise ConfigError(
+                "the chat template does not write messages whose content is a string, as those of some vision models, "
+                "so nothing of them would be trained: give the content as [{'type': 'text', 'text': ...}], or set "
+                "another tokenizer.chat_template"
+            )
+
+    @functools.cached_property
+    def _writes_strings(self) -> bool:
+        try:
+            return _STAND_IN in self._render([{"role": "user", "content": _STAND_IN}], {})
+        except RowError:
+            return True  # a template that wants more than a question, as far as can be told
 
     def _check_tools(self, messages: list[Message], arguments: dict[str, Any], text: str) -> None:
         """Raises `RowError` where the template leaves out tools or their calls, once it is known not to do so."""

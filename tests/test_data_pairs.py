@@ -298,6 +298,19 @@ def test_a_conversation_needs_a_chat_template() -> None:
         built(row, GPT2)
 
 
+def test_a_template_that_passes_over_strings_is_refused_and_gets_parts() -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{{ part['text'] }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
+    with pytest.raises(ConfigError, match="does not write messages whose content is a string"):
+        built(row, tokenizer)
+    parts = {name: [m | {"content": [{"type": "text", "text": m["content"]}]} for m in row[name]] for name in row}
+    assert "A" in split(built(parts, tokenizer).pair.chosen, tokenizer)[1]
+
+
 def test_a_conversation_that_the_template_refuses_is_named_by_its_roles() -> None:
     row = {"system": "S", "prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
     message = r"the chat template refuses the messages \(roles: system, user, assistant\): only user and assistant"

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length, seed_worker
 from orpo_plugins.batching import PairBatches, check_batch_options
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.preparation import COLUMNS
+from orpo_plugins.tokenized_rows import COLUMNS
 
 logger = logging.getLogger(__name__)
 

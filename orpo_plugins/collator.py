@@ -16,7 +16,7 @@ from orpo_plugins.forward import NLL_OVER
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.pairs import BuiltPair, PairOptions
 from orpo_plugins.predictions import with_weights
-from orpo_plugins.preparation import RowTokenizer
+from orpo_plugins.tokenized_rows import RowTokenizer
 
 logger = logging.getLogger(__name__)
 

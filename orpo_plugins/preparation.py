@@ -7,227 +7,21 @@ A row that is *malformed* (a column missing, a value of the wrong type) raises `
 but *unusable* (both answers equal, nothing to learn from) is dropped, counted and reported with its number.
 """
 
-import dataclasses
-import inspect
-import json
 import logging
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import orpo_plugins
-from orpo_plugins import interfaces, pairs, plugins, row_formats, separate_pairs, texts
-from orpo_plugins.errors import ConfigError, RowError
-from orpo_plugins.interfaces import TokenSequence
-from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
-from orpo_plugins.predictions import IGNORE_INDEX, prompt_length
-from orpo_plugins.row_formats import parse_row
-from orpo_plugins.separate_pairs import EncoderDecoderPairBuilder
+from orpo_plugins.dataset_cache import fingerprint
+from orpo_plugins.errors import ConfigError
+from orpo_plugins.pairs import BuiltPair, Dropped, PairOptions
+from orpo_plugins.preparation_report import FLAGS, PreparationReport
+from orpo_plugins.tokenized_rows import COLUMNS, NUMBERS, RowTokenizer, shown, tokenized_row
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
-"""The columns of a tokenized row: ids, and labels that are -100 on the prompt."""
-
-NUMBERS = {"weight": 1.0, "margin": 0.0}
-"""Optional columns of raw and tokenized rows (see `Pair`), with what a row without them has."""
-
-_FLAGS = (
-    "prompt_truncated",
-    "chosen_truncated",
-    "rejected_truncated",
-    "repaired",
-    "sft_only",
-    "weighted",
-    "with_margin",
-)
 _ENDLESS = 1000
 """So many unusable rows at the start of a stream, and not one usable, are taken for a mistake."""
-
-
-@dataclass(kw_only=True)
-class PreparationReport:
-    """What became of a dataset's rows."""
-
-    name: str = "train"
-    """How messages call the dataset."""
-    rows: int = 0
-    """Rows read."""
-    kept: int = 0
-    """Rows that became pairs."""
-    prompt_truncated: int = 0
-    """Pairs whose prompt was cut."""
-    chosen_truncated: int = 0
-    """Pairs whose chosen answer was cut."""
-    rejected_truncated: int = 0
-    """Pairs whose rejected answer was cut."""
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    """Row numbers, from 0, by reason."""
-    repaired: list[int] = field(default_factory=list)
-    """Row numbers of pairs whose answers held the whole conversation beside a raw prompt."""
-    sft_only: int = 0
-    """Rows without a rejected answer, trained with the NLL alone."""
-    weighted: int = 0
-    """Rows with a weight other than 1."""
-    with_margin: int = 0
-    """Rows with a margin other than 0."""
-
-    def add(self, index: int, dropped: str, flags: Mapping[str, bool]) -> None:
-        """Counts one row: the reason why it was dropped (empty where it was kept), and the flags of `BuiltPair`."""
-        self.rows += 1
-        if dropped:
-            self.dropped.setdefault(dropped, []).append(index)
-            return
-        self.kept += 1
-        self.prompt_truncated += flags["prompt_truncated"]
-        self.chosen_truncated += flags["chosen_truncated"]
-        self.rejected_truncated += flags["rejected_truncated"]
-        self.sft_only += flags["sft_only"]
-        self.weighted += flags["weighted"]
-        self.with_margin += flags["with_margin"]
-        if flags["repaired"]:
-            self.repaired.append(index)
-
-    def clear(self) -> None:
-        """Starts again from no rows."""
-        self.__init__(name=self.name)  # type: ignore[misc]  # the fields' defaults are written once, above
-
-    def all_whole(self) -> bool:
-        """Whether every row was kept as it is, and counts as every other."""
-        truncated = self.prompt_truncated + self.chosen_truncated + self.rejected_truncated
-        return not (self.dropped or self.repaired or truncated or self.weighted or self.with_margin)
-
-    def summary(self) -> str:
-        """The report in words, one line per thing to know."""
-        lines = [f"{self.name}: {self.kept} of {self.rows} rows kept"]
-        if self.prompt_truncated or self.chosen_truncated or self.rejected_truncated:
-            lines.append(
-                f"truncated: {self.prompt_truncated} prompts, {self.chosen_truncated} chosen answers, "
-                f"{self.rejected_truncated} rejected answers"
-            )
-        if self.sft_only:
-            lines.append(f"no rejected answer, trained with the NLL alone: {self.sft_only} rows")
-        if self.weighted or self.with_margin:
-            lines.append(
-                f"columns 'weight' and 'margin': {self.weighted} rows with a weight, {self.with_margin} with a margin"
-            )
-        if self.repaired:
-            lines.append(
-                f"the answers of {len(self.repaired)} rows held the whole conversation beside a prompt column; "
-                f"the column was left out there, so that no prompt is trained twice: {_numbers(self.repaired)}"
-            )
-        lines += [f"dropped {len(rows)}: {reason}: {_numbers(rows)}" for reason, rows in self.dropped.items()]
-        return "\n  ".join(lines)
-
-
-class RowTokenizer:
-    """Callable: a raw or tokenized row and its number to `BuiltPair` or `Dropped`."""
-
-    def __init__(self, tokenizer: Any, options: PairOptions) -> None:
-        self.builder = (EncoderDecoderPairBuilder if options.encoder_decoder else PairBuilder)(tokenizer, options)
-
-    def __call__(self, row: Mapping[str, Any], index: int | str) -> BuiltPair | Dropped:
-        """Raises `RowError` with the row's number for a malformed row."""
-        tokenized = isinstance(row, Mapping) and set(COLUMNS) <= set(row)
-        preference = None if tokenized else parse_row(row, index, sft_rows=self.builder.options.sft_rows)
-        try:
-            numbers = {name: _number(row, name) for name in NUMBERS}
-            if numbers["weight"] == 0:
-                return Dropped(reason="the weight is 0")
-            built = self._from_tokens(row) if preference is None else self.builder(preference)
-        except RowError as error:
-            raise RowError(f"row {index}: {error}") from error
-        if numbers == NUMBERS or isinstance(built, Dropped):
-            return built
-        pair = dataclasses.replace(built.pair, weight=numbers["weight"], margin=numbers["margin"])
-        return dataclasses.replace(built, pair=pair)
-
-    def _from_tokens(self, row: Mapping[str, Any]) -> BuiltPair | Dropped:
-        chosen, rejected = tokenized_answer(row, "chosen"), tokenized_answer(row, "rejected")
-        if self.builder.options.sft_rows and chosen.ids and not (rejected.prompt or rejected.ids):
-            return self.builder.fit(chosen)
-        for name, answer in (("chosen", chosen), ("rejected", rejected)):
-            if not answer.ids:
-                return Dropped(reason=f"the {name} answer is empty")
-        if chosen == rejected:
-            return Dropped(reason="chosen equals rejected")
-        return self.builder.fit(chosen, rejected)
-
-
-def tokenized_answer(row: Mapping[str, Any], name: str) -> Answer:
-    """Reads `<name>_input_ids` and `<name>_labels`, without what `<name>_attention_mask` masks; checks them."""
-    ids, labels = _integers(row, f"{name}_input_ids"), _integers(row, f"{name}_labels")
-    if len(ids) != len(labels):
-        raise RowError(f"{name}_input_ids has {len(ids)} tokens but {name}_labels has {len(labels)}")
-    if row.get(f"{name}_attention_mask") is not None:
-        mask = _integers(row, f"{name}_attention_mask")
-        if len(mask) != len(ids):
-            raise RowError(f"{name}_input_ids has {len(ids)} tokens but {name}_attention_mask has {len(mask)}")
-        ids = [token for token, seen in zip(ids, mask, strict=True) if seen]
-        labels = [token for token, seen in zip(labels, mask, strict=True) if seen]
-    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if token < 0:
-            raise RowError(f"{name}_input_ids[{position}] is {token}: token ids are not negative")
-        if label not in (token, IGNORE_INDEX):
-            raise RowError(
-                f"{name}_labels[{position}] is {label} but {name}_input_ids[{position}] is {token}: a label is the "
-                f"token at the same position (not shifted), or {IGNORE_INDEX}"
-            )
-    start = prompt_length(labels)
-    return Answer(ids[:start], ids[start:], labels[start:])
-
-
-def _number(row: Mapping[str, Any], column: str) -> float:
-    """The value of a column of `NUMBERS`; its default where the row has none."""
-    value = row.get(column)
-    if value is None:
-        return NUMBERS[column]
-    value = value.item() if hasattr(value, "item") else value
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or (column == "weight" and value < 0):
-        wanted = "a finite number >= 0" if column == "weight" else "a finite number"
-        raise RowError(
-            f"column {column!r} is {_start(value)}, expected {wanted}: it changes how much the row counts. Rename the "
-            "column if it means something else"
-        )
-    return float(value)
-
-
-def _integers(row: Mapping[str, Any], column: str) -> list[int]:
-    value = row[column]
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if not isinstance(value, list | tuple) or not all(isinstance(token, int) for token in value):
-        raise RowError(f"column {column!r} is {_start(value)}, expected a list of token ids")
-    return list(value)
-
-
-def _start(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def tokenized_row(built: BuiltPair, numbers: Iterable[str] | None = None) -> dict[str, Any]:
-    """The columns of a tokenized row, and `length`, the tokens of both sequences.
-
-    With the columns of `NUMBERS` that are named, or by default those in which the row differs from others.
-    """
-
-    def columns(name: str, sequence: TokenSequence) -> dict[str, list[int]]:
-        return {f"{name}_input_ids": sequence.input_ids, f"{name}_labels": sequence.labels}
-
-    pair = built.pair
-    length = len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
-    if numbers is None:
-        numbers = [name for name, default in NUMBERS.items() if getattr(pair, name) != default]
-    return {
-        **columns("chosen", pair.chosen),
-        **columns("rejected", pair.rejected),
-        "length": length,
-        **{name: getattr(pair, name) for name in numbers},
-    }
 
 
 def prepare_dataset(
@@ -272,7 +66,7 @@ def prepare_dataset(
         raise ConfigError(f"the {name} dataset is a {type(dataset).__name__} with the keys {keys}: pass one of them")
     elif isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise ConfigError(
-            f"the {name} dataset is {_start(dataset)}: pass a datasets.Dataset, an iterable or a list of dicts"
+            f"the {name} dataset is {shown(dataset)}: pass a datasets.Dataset, an iterable or a list of dicts"
         )
     elif hasattr(dataset, "__len__"):
         prepared = _as_dataset(list(_tokenized(enumerate(_rows_of(dataset)), rows, report)))
@@ -326,7 +120,7 @@ def _streamed(
 
 
 def _flags(built: BuiltPair) -> dict[str, bool]:
-    return {flag: getattr(built, flag) for flag in _FLAGS}
+    return {flag: getattr(built, flag) for flag in FLAGS}
 
 
 def _as_dataset(rows: list[dict[str, Any]]) -> Any:
@@ -368,7 +162,7 @@ class _MapRows:
         built = self.rows(row, index)
         if isinstance(built, Dropped):
             nothing = {**{c: [] for c in COLUMNS}, "length": 0, **dict.fromkeys(self.numbers, 0.0)}
-            return {**nothing, "dropped": built.reason, **dict.fromkeys(_FLAGS, False)}
+            return {**nothing, "dropped": built.reason, **dict.fromkeys(FLAGS, False)}
         return {**tokenized_row(built, self.numbers), "dropped": "", **_flags(built)}
 
 
@@ -382,69 +176,19 @@ def _prepare_mapped(dataset: Any, rows: RowTokenizer, report: PreparationReport,
         _MapRows(rows, numbers),
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_features(dropped="string", **dict.fromkeys(_FLAGS, "bool"), **dict.fromkeys(numbers, "float32")),
+        features=_features(dropped="string", **dict.fromkeys(FLAGS, "bool"), **dict.fromkeys(numbers, "float32")),
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
-        new_fingerprint=_fingerprint(dataset, rows),
+        new_fingerprint=fingerprint(dataset, rows.builder, _MapRows),
         desc=f"Tokenizing {report.name}",
     ).with_format(None)
     kept = []
-    outcome = mapped.select_columns(["dropped", *_FLAGS])[:]
+    outcome = mapped.select_columns(["dropped", *FLAGS])[:]
     for index, dropped in enumerate(outcome["dropped"]):
-        report.add(index, dropped, {flag: outcome[flag][index] for flag in _FLAGS})
+        report.add(index, dropped, {flag: outcome[flag][index] for flag in FLAGS})
         if not dropped:
             kept.append(index)
-    mapped = mapped.remove_columns(["dropped", *_FLAGS])
+    mapped = mapped.remove_columns(["dropped", *FLAGS])
     return mapped if len(kept) == len(mapped) else mapped.select(kept)
-
-
-def _fingerprint(dataset: Any, rows: RowTokenizer) -> str:
-    """A name for the result that stays the same as long as nothing that decides it changes.
-
-    The package's own hash pickles the function with the tokenizer in it, and a fast tokenizer's state changes with
-    use: the cache would hardly ever be found again.
-    """
-    from datasets.fingerprint import Hasher
-
-    modules = [sys.modules[__name__], interfaces, pairs, row_formats, separate_pairs, texts]
-    formats = [(row_format.name, _source(row_format.parse)) for row_format in plugins.row_formats()]
-    return str(
-        Hasher.hash(
-            [
-                dataset._fingerprint,
-                orpo_plugins.__version__,
-                [_source(module) for module in modules],
-                formats,
-                dataclasses.astuple(rows.builder.options),
-                _tokenizer_identity(rows.builder.tokenizer),
-            ]
-        )
-    )
-
-
-def _source(thing: Any) -> str:
-    """The code of the file in which something is defined."""
-    try:
-        return inspect.getsource(inspect.getmodule(thing) or thing)
-    except (OSError, TypeError):
-        return repr(thing)
-
-
-def _tokenizer_identity(tokenizer: Any) -> list[Any]:
-    """Everything about a tokenizer that decides ids, as plain values."""
-    identity: list[Any] = [
-        type(tokenizer).__qualname__,
-        str(getattr(tokenizer, "chat_template", None)),
-        str(getattr(tokenizer, "special_tokens_map", None)),
-        tokenizer.all_special_ids,
-    ]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        settings = [str(getattr(tokenizer, name, None)) for name in ("added_tokens_decoder", "init_kwargs")]
-        return [*identity, sorted(tokenizer.get_vocab().items()), *settings]
-    state = json.loads(backend.to_str())
-    # These two change with every call that pads or truncates, and no call here does either.
-    state["truncation"] = state["padding"] = None
-    return [*identity, json.dumps(state, sort_keys=True)]
 
 
 # ---- streams
@@ -484,8 +228,3 @@ def _stream(dataset: Iterable[Any], rows: RowTokenizer, report: PreparationRepor
             return _streamed(enumerate(dataset), rows, report)
 
     return Stream()
-
-
-def _numbers(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:10]))
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{f' and {len(rows) - 10} more' if len(rows) > 10 else ''}"

@@ -14,10 +14,12 @@ import pytest
 from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
 from torch.utils.data import Dataset as TorchDataset
 
-from orpo_plugins import preparation
+from orpo_plugins import dataset_cache, preparation
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.pairs import PairBuilder, PairOptions
-from orpo_plugins.preparation import COLUMNS, PreparationReport, RowTokenizer, prepare_dataset
+from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.preparation_report import PreparationReport
+from orpo_plugins.tokenized_rows import COLUMNS, RowTokenizer, tokenized_row
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = chatml_tokenizer()
@@ -36,7 +38,7 @@ def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The expected rows, one by one."""
     read = RowTokenizer(TOKENIZER, OPTIONS)
     built = [read(row, 0) for row in rows]
-    return [preparation.tokenized_row(pair) for pair in built if not isinstance(pair, preparation.Dropped)]
+    return [tokenized_row(pair) for pair in built if not isinstance(pair, preparation.Dropped)]
 
 
 class Mapped(TorchDataset[dict[str, Any]]):
@@ -143,18 +145,20 @@ def test_the_name_of_the_result_is_the_same_in_another_process() -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import datasets, test_data_preparation as t\n"
-        "from orpo_plugins.preparation import _fingerprint, RowTokenizer\n"
-        "print(_fingerprint(datasets.Dataset.from_dict({'a': [1]}), RowTokenizer(t.TOKENIZER, t.OPTIONS)))"
+        "from orpo_plugins.dataset_cache import fingerprint\nfrom orpo_plugins.tokenized_rows import RowTokenizer\n"
+        "builder = RowTokenizer(t.TOKENIZER, t.OPTIONS).builder\n"
+        "print(fingerprint(datasets.Dataset.from_dict({'a': [1]}), builder, print))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    here = preparation._fingerprint(datasets.Dataset.from_dict({"a": [1]}), RowTokenizer(TOKENIZER, OPTIONS))
+    builder = RowTokenizer(TOKENIZER, OPTIONS).builder
+    here = dataset_cache.fingerprint(datasets.Dataset.from_dict({"a": [1]}), builder, print)
     assert run.stdout.strip() == here
 
 
 def test_a_tokenizer_is_known_by_what_it_does() -> None:
     makers = [chatml_tokenizer, inst_tokenizer, gpt2_tokenizer]
-    identities = [preparation._tokenizer_identity(make()) for make in makers]
-    assert identities == [preparation._tokenizer_identity(make()) for make in makers]
+    identities = [dataset_cache.tokenizer_identity(make()) for make in makers]
+    assert identities == [dataset_cache.tokenizer_identity(make()) for make in makers]
     assert len({str(identity) for identity in identities}) == 3
 
 
@@ -169,8 +173,8 @@ def test_a_tokenizer_without_a_fast_backend_is_known_by_its_vocabulary() -> None
         def get_vocab(self) -> dict[str, int]:
             return {word: i for i, word in enumerate(self.words)}
 
-    assert preparation._tokenizer_identity(Slow("ab")) == preparation._tokenizer_identity(Slow("ab"))
-    assert preparation._tokenizer_identity(Slow("ab")) != preparation._tokenizer_identity(Slow("ba"))
+    assert dataset_cache.tokenizer_identity(Slow("ab")) == dataset_cache.tokenizer_identity(Slow("ab"))
+    assert dataset_cache.tokenizer_identity(Slow("ab")) != dataset_cache.tokenizer_identity(Slow("ba"))
 
 
 def test_a_builder_can_be_sent_to_another_process_after_use() -> None:

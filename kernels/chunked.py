@@ -110,13 +110,14 @@ class _TiledHead(torch.autograd.Function):
         steps: TileSteps,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         need_hidden, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
+        trainable = need_weight or need_bias
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
-            tiling = Tiling.plan(len(predictions.rows), weight, options, trainable=need_weight or need_bias)
+            tiling = Tiling.plan(len(predictions.rows), weight, options, trainable=trainable)
             gradient = HiddenGradient.of(hidden, predictions.rows, options) if need_hidden else None
             order = None if gradient is None else gradient.order
             rows, tokens = taken(predictions.rows, order), taken(predictions.tokens, order)
             inputs = Operands(hidden, weight, bias, rows, tokens, Transform.of(options), tiling, steps)
-            found = scan(inputs, gradient, need_means=options.logit_means)
+            found = scan(inputs, gradient, need_means=options.logit_means, need_weight=trainable)
             logps, logit_means = put_back(found.logps, order), found.logit_means
             loss, nll, means, w = differentiate(logps, predictions, objective, need_w=any(needs))
             w, ctx.unit = in_safe_unit(taken(w, order), hidden.dtype)

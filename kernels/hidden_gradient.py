@@ -37,7 +37,7 @@ class HiddenGradient:
         else:
             self._sort_lines()
             self._waiting = blank(tuple(hidden.shape), hidden)
-            self._further = blank((len(rows) - self._first, hidden.shape[1]), hidden)
+        self._further = blank((len(rows) - self._first, hidden.shape[1]), hidden)
 
     def _sort_lines(self) -> None:
         """By row; lines that are not their row's first come last."""
@@ -89,9 +89,9 @@ class HiddenGradient:
             gradient, first = self._waiting, self._first
             self._move(gradient, factors, piece)
         for lines in cut(len(self._rows), piece, start=first):
-            # At most two lines read a row, so that the sum does not depend on their order.
+            # Two lines read a row at most in our layouts, so that the sum does not depend on their order on a GPU.
             gradient.index_add_(0, self._rows[lines], self._weighted(lines, factors))
-        del self._waiting  # up to twice the memory of the gradient, which the weight's gradient can use
+        del self._waiting, self._further  # memory that the weight's gradient can use
         return gradient
 
     def _move(self, gradient: Tensor, factors: Tensor, piece: int) -> None:

@@ -75,6 +75,8 @@ def linear_orpo_loss(
     chosen_kernel = plugins.kernel(kernel, hidden.device)
     predictions = Predictions.from_labels(labels, nll_labels, ignore_index)
     check_labels(predictions, labels.shape[1], weight.shape[0])
+    rows = hidden.flatten(0, 1)
+    _check_finite(rows, predictions, labels.shape[1])
 
     counted = predictions.in_nll.sum()
     per_pair = pair_loss or functools.partial(odds_ratio_loss, beta=beta, odds_temperature=odds_temperature)
@@ -85,8 +87,7 @@ def linear_orpo_loss(
         ),
     )
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, memory_budget=memory_budget)
-    result = chosen_kernel.compute(hidden.flatten(0, 1), weight, bias, predictions, objective, options)
-    _check_finite(result.loss, hidden.flatten(0, 1), predictions, labels.shape[1])
+    result = chosen_kernel.compute(rows, weight, bias, predictions, objective, options)
     lengths = predictions.answer_lengths().view(2, -1)
     return output_of(
         loss=result.loss,
@@ -170,9 +171,10 @@ def check_labels(predictions: Predictions, length: int, vocabulary: int) -> None
     )
 
 
-def _check_finite(loss: Tensor, hidden: Tensor, predictions: Predictions, length: int) -> None:
-    # On other devices the answer would have to be waited for; there the loss comes out non-finite.
-    if loss.device.type != "cpu" or bool(loss.detach().isfinite()):
+def _check_finite(hidden: Tensor, predictions: Predictions, length: int) -> None:
+    # On other devices the answer would have to be waited for; there the loss comes out non-finite.  The extremes come
+    # first, because to ask all positions takes memory.
+    if hidden.device.type != "cpu" or not hidden.numel() or all(x.isfinite() for x in hidden.detach().aminmax()):
         return
     finite = torch.isfinite(hidden.detach()).all(1)[predictions.rows]
     if bool(finite.all()):

@@ -27,7 +27,8 @@ class Operands:
         self._hidden, self.weight, self.rows, self.tokens = hidden, weight, rows, tokens
         self.bias = None if bias is None else bias.to(self.wide)
         self.transform, self.tiling, self.steps = transform, tiling, steps
-        self._centered = self.dtype == torch.bfloat16 and not hidden.is_cuda and steps.takes_centers
+        # With a bias the largest logits say little about the largest products.
+        self.centered = self.dtype == torch.bfloat16 and not hidden.is_cuda and steps.takes_centers and bias is None
         self._memory: dict[str, Tensor] = {}
 
     def gather(self, lines: slice) -> Tensor:
@@ -52,10 +53,10 @@ class Operands:
     def center(self, reference: Tensor) -> Tensor | None:
         """[lines]: what to take off the raw products of a line whose largest logits are about `reference`.
 
-        A CPU rounds results of bf16 products to bf16.  Rounded relative to the largest, the errors are large only
-        where probabilities are small.
+        Where results of bf16 products are rounded to bf16, as on a CPU: rounded relative to the largest, the errors
+        are large only where probabilities are small.  fp32, of values that bf16 holds.
         """
-        return self.transform.raw_near(reference).to(self.dtype) if self._centered else None
+        return self.transform.raw_near(reference).to(self.dtype).float() if self.centered else None
 
     def raw(self, a: Tensor, b: Tensor | Blocks, center: Tensor | None) -> Tensor:
         """a @ b.T - center, in memory of its own until the next call."""
@@ -66,7 +67,7 @@ class Operands:
         return product_less(a, b, center, memory)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b.T in at least fp32, in memory of its own until the next call."""
+        """a @ b.T in the widest dtype at hand, in memory of its own until the next call."""
         product = times_transposed(a, b, self._reused("product", len(a), len(b)))
         if product.dtype.itemsize > 2:
             return product

@@ -46,8 +46,11 @@ def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -
 
 
 def product_less(a: Tensor, b: Tensor, less: Tensor, out: Tensor | None) -> Tensor:
-    """a [M, K] @ b[N, K].T - less, for a `less` that broadcasts to [M, N], rounded once to the dtype of `a`."""
-    return torch.addmm(less, a, b.T, beta=-1, out=out)
+    """a [M, K] @ b[N, K].T - less, for a `less` that broadcasts to [M, N], rounded once to the dtype of `a`.
+
+    That dtype must hold `less` exactly.
+    """
+    return torch.addmm(less.to(a.dtype), a, b.T, beta=-1, out=out)
 
 
 def in_blocks(b: Tensor, *, uses: int = 2) -> Tensor | Blocks:

@@ -30,7 +30,9 @@ class Kept:
         memory = fresh_memory((count * total,), inputs.weight, inputs.dtype)
         return cls(
             columns=columns,
-            tiles=[memory[count * tile.start : count * tile.stop].view(count, -1) for tile in columns],
+            tiles=[
+                memory[count * tile.start : count * tile.stop].view(count, tile.stop - tile.start) for tile in columns
+            ],
             references=[memory.new_empty(count, dtype=inputs.wide) for _ in columns],
         )
 
@@ -49,10 +51,12 @@ class Scan:
     target_slope: Tensor | None
     """tanh's slope at the target logit, with a soft-cap."""
     logit_means: Tensor | None
+    centers: list[Tensor]
+    """[N] each: `Operands.center` of every tile, where it may have to be computed again."""
     kept: Kept
 
 
-def scan(inputs: Operands, gradient: HiddenGradient | None, *, need_means: bool) -> Scan:
+def scan(inputs: Operands, gradient: HiddenGradient | None, *, need_means: bool, need_weight: bool) -> Scan:
     """Fills `gradient` with d logp / d hidden up to `Transform.derivative`, where it is asked for."""
     target, target_slope = inputs.target_logits()
     running = Running(
@@ -62,19 +66,21 @@ def scan(inputs: Operands, gradient: HiddenGradient | None, *, need_means: bool)
     )
     tiles = list(cut(len(inputs.weight), inputs.tiling.columns))
     kept = Kept.room_for(tiles[: inputs.tiling.kept], inputs)
+    again = need_weight and inputs.centered and len(kept.tiles) < len(tiles)
+    centers = [torch.empty_like(target, dtype=inputs.dtype) for _ in tiles] if again else []
     most = inputs.tiling.lines
     for lines in cut(len(inputs.rows), most) if gradient is None else gradient.bands(most):
         hidden = inputs.gather(lines)
         expected = None if gradient is None else gradient.accumulator(lines)
         for index, columns in enumerate(tiles):
-            _scan_tile(inputs, index, columns, lines, hidden, running.of(lines), kept, expected)
+            _scan_tile(inputs, index, columns, lines, hidden, running.of(lines), kept, centers, expected)
         if gradient is not None and expected is not None:
             for part in cut(len(hidden), inputs.tiling.piece):
                 piece = slice(lines.start + part.start, lines.start + part.stop)
                 _finish_hidden(inputs, piece, target, target_slope, running, expected[part])
             gradient.put(lines, expected)
         del hidden, expected  # before the next are made, not after
-    return _finish(inputs, target, target_slope, running, kept)
+    return _finish(inputs, target, target_slope, running, centers, kept)
 
 
 def _scan_tile(
@@ -85,11 +91,14 @@ def _scan_tile(
     hidden: Tensor,
     running: Running,
     kept: Kept,
+    centers: list[Tensor],
     expected: Tensor | None,
 ) -> None:
     """Takes one tile into `running`, and adds its E * slope times weight, unscaled, to `expected`."""
     weight, bias = inputs.tile_of_weight(columns)
     center = inputs.center(running.reference)
+    if centers and center is not None:
+        centers[index][lines] = center
     raw = inputs.raw(hidden, in_blocks(weight, uses=1), None if center is None else center[:, None])
     out = None
     if index < len(kept.tiles):
@@ -97,7 +106,7 @@ def _scan_tile(
     elif expected is not None:
         out = inputs.like(raw)
     targets = inputs.tokens[lines] - columns.start
-    shrink = inputs.steps.scan(raw, wide(center), bias, targets, inputs.transform, running, out)
+    shrink = inputs.steps.scan(raw, center, bias, targets, inputs.transform, running, out)
     if index < len(kept.tiles):
         kept.references[index][lines] = running.reference
     if expected is not None and out is not None:
@@ -106,11 +115,6 @@ def _scan_tile(
             expected.copy_(product)
         else:
             torch.addcmul(product, expected, shrink[:, None], out=expected)
-
-
-def wide(center: Tensor | None) -> Tensor | None:
-    """The center as the steps take it."""
-    return None if center is None else center.float()
 
 
 def _finish_hidden(
@@ -123,7 +127,14 @@ def _finish_hidden(
     rows.neg_().add_(inputs.target_weights(lines).mul_(share[:, None])).div_(total[:, None])
 
 
-def _finish(inputs: Operands, target: Tensor, target_slope: Tensor | None, running: Running, kept: Kept) -> Scan:
+def _finish(
+    inputs: Operands,
+    target: Tensor,
+    target_slope: Tensor | None,
+    running: Running,
+    centers: list[Tensor],
+    kept: Kept,
+) -> Scan:
     at_target = torch.exp2(target - running.reference)
     total = running.others + at_target
     # Equal expressions: the first loses no digits where p > 1/2, the second where `at_target` has vanished.
@@ -139,5 +150,6 @@ def _finish(inputs: Operands, target: Tensor, target_slope: Tensor | None, runni
         others=running.others * shift,
         target_slope=target_slope,
         logit_means=None if means is None else means * (inputs.transform.factor * math.log(2) / len(inputs.weight)),
+        centers=centers,
         kept=kept,
     )

@@ -22,8 +22,6 @@ class Tiling:
     """Lines that one product of the weight's gradient sums over."""
     width: int
     """Vocabulary entries per tile of the weight's gradient."""
-    strip: int
-    """Vocabulary entries of the weight's gradient that are finished, over all lines, before the next are begun."""
     kept: int
     """Tiles of the vocabulary whose probabilities are kept from the scan, for all lines."""
 
@@ -31,6 +29,11 @@ class Tiling:
     def piece(self) -> int:
         """Lines that are taken at once where no matrix product is waiting for many."""
         return max(1, self.lines // 4)
+
+    @property
+    def strip(self) -> int:
+        """Vocabulary entries of the weight's gradient that are finished, over all lines, before the next are begun."""
+        return 2 * self.columns
 
     @classmethod
     def plan(cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
@@ -50,26 +53,26 @@ class Tiling:
         budget = options.memory_budget
         while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:
             lines, columns = (lines // 2, columns) if 2 * lines >= columns else (lines, columns // 2)
-        block, width = _weight_tile(count, lines * columns, weight, itemsize)
+        block, width = _weight_tile(count, lines, columns, weight, itemsize)
         lines, columns = _even(count, lines), min(columns, vocabulary)
         kept = 0
-        if trainable:
+        if trainable and count:
             spare = 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
             if budget is not None:
                 spare = max(0, budget - working_set(lines, columns) - count * hidden_size * itemsize)
-            kept = spare // max(1, count * columns * itemsize)
+            kept = spare // (count * columns * itemsize)
         return cls(
             lines=lines,
             columns=columns,
             block=block,
             width=width,
-            strip=max(width, 2 * columns),
             kept=min(kept, -(-vocabulary // columns)),
         )
 
 
-def _weight_tile(count: int, entries: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
-    """(block, width) of about as many entries as a tile of the scan has."""
+def _weight_tile(count: int, lines: int, columns: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
+    """(block, width) of about as many entries as a tile of the scan has, or fewer."""
+    entries = lines * columns
     if weight.is_cuda:
         most = 8192
     elif itemsize == 2:
@@ -77,7 +80,8 @@ def _weight_tile(count: int, entries: int, weight: Tensor, itemsize: int) -> tup
     else:
         most, entries = SUMMED, entries // 2  # the product is as wide as the hidden states and takes the other half
     block = min(most, max(count, 1))
-    return block, max(128, entries // block)
+    parts = -(-columns // max(128, entries // block))
+    return block, -(-columns // parts)
 
 
 def _threads() -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orpo_plugins.kernels.operands import Operands
 from orpo_plugins.kernels.products import Blocks, in_blocks, times_transposed
-from orpo_plugins.kernels.scan import Scan, wide
+from orpo_plugins.kernels.scan import Scan
 from orpo_plugins.kernels.tile_steps import put
 from orpo_plugins.kernels.tiling import cut
 
@@ -69,7 +69,7 @@ class WeightGradient:
         for lines in cut(count, inputs.tiling.block):
             hidden = inputs.gather(lines)
             for_logits, for_weight = in_blocks(hidden), in_blocks(hidden.T)
-            for columns in cut(strip.stop, inputs.tiling.width, start=strip.start):
+            for columns in self._tiles(strip):
                 tile = self._again(columns, lines, for_logits)
                 here = slice(columns.start - strip.start, columns.stop - strip.start)
                 if weight is not None:
@@ -80,6 +80,11 @@ class WeightGradient:
         for out, sums in ((self.weight, weight), (self.bias, bias)):
             if out is not None and sums is not None and sums.dtype != out.dtype:
                 out[strip] = sums
+
+    def _tiles(self, strip: slice) -> Iterator[slice]:
+        """Parts of the scan's tiles, none of which lies in two of them."""
+        for tile in cut(strip.stop, self._inputs.tiling.columns, start=strip.start):
+            yield from cut(tile.stop, self._inputs.tiling.width, start=tile.start)
 
     def _sums(self, out: Tensor | None, strip: slice) -> Tensor | None:
         """Where a part of `out` is summed up: itself, unless several sums would be rounded to 16 bits."""
@@ -95,12 +100,13 @@ class WeightGradient:
         # Transposed, because then both this product and the one with the rows read their operands as they lie.
         inputs, reference = self._inputs, self._scan.reference[lines]
         weight, bias = inputs.tile_of_weight(columns)
-        center = inputs.center(reference)
+        # The scan's own: a term that is rounded otherwise than in the sum that divides it is not a probability.
+        center = self._scan.centers[columns.start // inputs.tiling.columns][lines].float() if inputs.centered else None
         raw = inputs.raw(weight, hidden, None if center is None else center[None, :])
         out = inputs.like(raw)
         inputs.steps.gradient(
             raw,
-            wide(center),
+            center,
             bias,
             inputs.tokens[lines] - columns.start,
             inputs.transform,

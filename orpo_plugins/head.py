@@ -9,6 +9,7 @@ is asked once, with a probe instead of logits, what it does to them; the kernel 
 neither a scale nor a soft-cap is refused.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -125,11 +126,19 @@ class _StandIn:
 
     def __init__(self) -> None:
         self.forward: Callable[..., Tensor] | None = None
+        self._untraced: Callable[..., Tensor] | None = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         assert self.forward is not None
         return self.forward(*args, **kwargs)
+
+    def untraced(self) -> Callable[..., Tensor]:
+        """This, as torch.compile sees it; the same object each time."""
+        if "torch._dynamo" not in sys.modules:
+            return self  # nothing is compiled, and to import what compiles takes a second and 140 MiB
+        if self._untraced is None:
+            self._untraced = cast(Any, torch.compiler).disable(self.__call__)
+        return cast(Callable[..., Tensor], self._untraced)
 
 
 _stand_ins: "weakref.WeakKeyDictionary[nn.Module, _StandIn]" = weakref.WeakKeyDictionary()
@@ -139,9 +148,11 @@ _stand_ins: "weakref.WeakKeyDictionary[nn.Module, _StandIn]" = weakref.WeakKeyDi
 def replaced_forward(head: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Puts `forward` in place of `head.forward` (hooks around it stay), and takes it out again."""
     previous = head.__dict__.get("forward")
-    stand_in = _stand_ins.setdefault(head, _StandIn())
+    stand_in = _stand_ins.get(head)
+    if stand_in is None:
+        stand_in = _stand_ins[head] = _StandIn()
     outer, stand_in.forward = stand_in.forward, forward
-    head.forward = stand_in
+    head.forward = stand_in.untraced()
     try:
         yield
     finally:

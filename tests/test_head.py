@@ -1,6 +1,8 @@
 """The intercepted head: same loss and gradients as the model's own logits, in every family, or a clear refusal."""
 
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -160,6 +162,16 @@ def test_wrappers_are_looked_through() -> None:
     assert unwrap_model(wrapped) is model
     assert unwrap_model(torch.compile(model)) is model
     assert output_head(wrapped) is model.lm_head
+
+
+def test_nothing_that_compiles_is_imported_before_something_is_compiled() -> None:
+    code = (
+        "import sys, torch, orpo_plugins as o\n"
+        "h, w = torch.randn(2, 3, 8, requires_grad=True), torch.randn(9, 8)\n"
+        "o.linear_orpo_loss(h, w, torch.ones(2, 3, dtype=torch.int64)).loss.backward()\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")

@@ -1,5 +1,6 @@
 """`linear_orpo_loss`: what it returns, its denominators, and its errors."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,12 @@ BAD = {
         "one position predicts one token",
     ),
 }
+
+
+def test_infinity_is_named_where_a_soft_cap_would_hide_it():
+    case, message = BAD["infinity"]
+    with pytest.raises(BatchError, match=re.escape(message)):
+        linear_orpo_loss(case.hidden, case.weight, case.labels, softcap=30.0)
 
 
 @pytest.mark.parametrize("name", BAD)

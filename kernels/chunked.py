@@ -118,14 +118,12 @@ class _TiledHead(torch.autograd.Function):
             rows, tokens = taken(predictions.rows, order), taken(predictions.tokens, order)
             inputs = Operands(hidden, weight, bias, rows, tokens, Transform.of(options), tiling, steps)
             found = scan(inputs, gradient, need_means=options.logit_means, need_weight=trainable)
-            logps, logit_means = put_back(found.logps, order), found.logit_means
-            loss, nll, means, w = differentiate(logps, predictions, objective, need_w=any(needs))
+            logit_means = None if found.logit_means is None else put_back(found.logit_means, order)
+            loss, nll, means, w = differentiate(put_back(found.logps, order), predictions, objective, need_w=any(needs))
             w, ctx.unit = in_safe_unit(taken(w, order), hidden.dtype)
             d_hidden = None if gradient is None else gradient.finish(w * inputs.transform.derivative, tiling.piece)
             d_weight = WeightGradient.compute(inputs, found, w, need_weight=need_weight, need_bias=need_bias)
             ctx.gradients = [d_hidden, *d_weight]
-        if logit_means is not None:
-            logit_means = put_back(logit_means, order)
         ctx.mark_non_differentiable(nll, means, *([] if logit_means is None else [logit_means]))
         ctx.set_materialize_grads(False)
         return loss, nll, means, logit_means

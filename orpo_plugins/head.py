@@ -9,7 +9,6 @@ is asked once, with a probe instead of logits, what it does to them; the kernel 
 neither a scale nor a soft-cap is refused.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -126,19 +125,12 @@ class _StandIn:
 
     def __init__(self) -> None:
         self.forward: Callable[..., Tensor] | None = None
-        self._untraced: Callable[..., Tensor] | None = None
+        # Not as a decorator, which would load the compiler for all who import this module.
+        self.untraced: Callable[..., Tensor] = cast(Any, torch.compiler).disable(self.__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         assert self.forward is not None
         return self.forward(*args, **kwargs)
-
-    def untraced(self) -> Callable[..., Tensor]:
-        """This, as torch.compile sees it; the same object each time."""
-        if "torch._dynamo" not in sys.modules:
-            return self  # nothing is compiled, and to import what compiles takes a second and 140 MiB
-        if self._untraced is None:
-            self._untraced = cast(Any, torch.compiler).disable(self.__call__)
-        return cast(Callable[..., Tensor], self._untraced)
 
 
 _stand_ins: "weakref.WeakKeyDictionary[nn.Module, _StandIn]" = weakref.WeakKeyDictionary()
@@ -152,7 +144,7 @@ def replaced_forward(head: nn.Module, forward: Callable[..., Tensor]) -> Iterato
     if stand_in is None:
         stand_in = _stand_ins[head] = _StandIn()
     outer, stand_in.forward = stand_in.forward, forward
-    head.forward = stand_in.untraced()
+    head.forward = stand_in.untraced
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
+from launching import leave
 
 from orpo_plugins import ORPOConfig, ORPOTrainer
 
@@ -62,8 +63,7 @@ def main() -> None:
         return
     if torch.distributed.get_rank() == 0:
         torch.save(results, output)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

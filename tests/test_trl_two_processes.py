@@ -2,14 +2,12 @@
 
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 from helpers import assert_all_within, assert_within
-from launching import ROOT, environment
+from launching import ROOT, run_python
 from safetensors.torch import load_file
 
 pytest.importorskip("trl")
@@ -33,10 +31,7 @@ def launched(folder: Path, *words: str, ranks: int) -> Path:
     if not words:
         main(["orpo", *options])
         return output
-    done = subprocess.run(
-        [sys.executable, *words, *options], env=environment(), cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_python([*words, *options], folder)
     return output
 
 

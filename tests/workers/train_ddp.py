@@ -13,7 +13,6 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
-from launching import leave
 
 from orpo_plugins import ORPOConfig, ORPOTrainer
 
@@ -63,7 +62,8 @@ def main() -> None:
         return
     if torch.distributed.get_rank() == 0:
         torch.save(results, output)
-    leave()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
-from launching import leave
 
 from orpo_plugins import ORPOCollator, orpo_forward
 
@@ -65,7 +64,8 @@ def main() -> None:
     if rank == 0:
         torch.save(results, output)
     if ranks > 1:
-        leave()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

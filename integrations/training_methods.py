@@ -51,6 +51,8 @@ class ORPOMethods:
 
     orpo_options: ORPOOptions
     args: Any
+    model: Any
+    model_wrapped: Any
     accelerator: Any
     model_accepts_loss_kwargs: bool
     loss_is_scaled_for_ga: bool | None
@@ -224,6 +226,16 @@ class ORPOMethods:
             self._check_finite(figures)
             logs.update(figures)
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def end(self) -> None:
+        """Closes trackers and the process group, as `Trainer.end` does since transformers 5.18; to be called last.
+
+        What DDP has put around the model goes first.  As the last owner of a gloo group it would wait for the group's
+        thread with the interpreter's lock in hand, while that thread may be waiting for the lock.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def _check_finite(self, figures: dict[str, float]) -> None:
         """Raises `ModelError` once the loss has become NaN or infinite, which `logging_nan_inf_filter` would hide.

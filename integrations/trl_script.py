@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    if hasattr(trainer, "end"):  # since transformers 5.18: closes trackers and the process group
+    if hasattr(trainer, "end"):  # ours, and any since transformers 5.18: closes trackers and the process group
         trainer.end()
 
 

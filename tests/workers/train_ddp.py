@@ -17,7 +17,7 @@ import tiny
 from orpo_plugins import ORPOConfig, ORPOTrainer
 
 
-def train(options: dict[str, Any], folder: str) -> dict[str, Any]:
+def train(options: dict[str, Any], folder: str) -> tuple[dict[str, Any], ORPOTrainer]:
     """{"change": what training changed in the weights, "logs": the log history, "eval": metrics} of one run."""
     rows = tiny.skewed_rows(options.pop("rows"))
     eval_rows = tiny.rows(options.pop("eval_rows", 0))
@@ -50,20 +50,26 @@ def train(options: dict[str, Any], folder: str) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{resume}" if resume else None)
     metrics = trainer.evaluate() if eval_rows else {}
     change = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
-    return {"change": change, "logs": trainer.state.log_history, "eval": metrics}
+    return {"change": change, "logs": trainer.state.log_history, "eval": metrics}, trainer
+
+
+def threads_of_gloo() -> list[str]:
+    """Threads that a process group leaves behind while anything still owns it."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
 
 
 def main() -> None:
     """Trains with each set of options in turn."""
     runs, output = json.loads(sys.argv[1]), sys.argv[2]
-    results = [train(options, f"{output}.dir") for options in runs]
-    if not torch.distributed.is_initialized():
+    results = []
+    for options in runs:
+        result, trainer = train(options, f"{output}.dir")
+        results.append(result)
+    if trainer.is_world_process_zero():
         torch.save(results, output)
-        return
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, output)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    trainer.end()
+    assert not threads_of_gloo(), threads_of_gloo()
 
 
 if __name__ == "__main__":

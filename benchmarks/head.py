@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from head_peers import PEERS, Peer, live_targets, ours_with_budget
+from head_peers import PEERS, VARIANTS, Peer, live_targets, ours_with_budget
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 8] if cuda else [2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096] if cuda else [512])
     parser.add_argument("--hidden", type=int, default=4096 if cuda else 512)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", default=None, choices=[*PEERS, *VARIANTS])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="keep the other cells of the results")
     parser.add_argument("--rounds", type=int, default=1, help="times to measure whatever may be the fastest, in turns")
@@ -97,6 +97,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.accuracy:
         arguments.vocabulary, arguments.pairs, arguments.tokens = [8191], [2], [128]
+    if arguments.peers is None:
+        arguments.peers = [*PEERS, *VARIANTS] if arguments.accuracy else list(PEERS)
     if arguments.curve:
         arguments.head = ["trainable"]
     if arguments.name is None:
@@ -147,7 +149,7 @@ def run_child(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """One variant of one cell."""
-    peer = ours_with_budget(cell["budget"]) if "budget" in cell else PEERS[cell["peer"]]
+    peer = ours_with_budget(cell["budget"]) if "budget" in cell else (PEERS | VARIANTS)[cell["peer"]]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, weight, labels, nll_labels = inputs(cell, device)
     if cell["accuracy"]:

@@ -22,6 +22,11 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor) -> 
     return linear_orpo_loss(hidden, weight, labels, nll_labels=nll_labels).loss
 
 
+def ours_in_fp32(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor) -> Tensor:
+    """orpo-plugins with 16-bit operands multiplied in fp32."""
+    return linear_orpo_loss(hidden, weight, labels, nll_labels=nll_labels, kernel="chunked_fp32").loss
+
+
 def ours_with_budget(budget: int) -> Peer:
     """orpo-plugins with a given `memory_budget` in bytes."""
 
@@ -111,6 +116,10 @@ PEERS: dict[str, Peer] = {
 }
 if torch.cuda.is_available():  # elsewhere it falls back to a plain loop over chunks
     PEERS["Liger scaled"] = liger_scaled
+
+
+VARIANTS: dict[str, Peer] = {"ours, fp32 products": ours_in_fp32}
+"""Measured with --accuracy, or where --peers names them."""
 
 
 def live_targets(labels: Tensor, nll_labels: Tensor) -> tuple[Tensor, Tensor]:

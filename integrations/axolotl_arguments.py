@@ -33,7 +33,8 @@ class ORPOInputArgs(BaseModel):
     """Mixed into Axolotl's config schema; every key is optional, and an absent one leaves the trainer's default."""
 
     orpo_kernel: str | None = Field(
-        default=None, description="Who computes the head: auto, reference, chunked, triton, or a plugin's name."
+        default=None,
+        description="Who computes the head: auto, reference, chunked, chunked_fp32, triton, or a plugin's name.",
     )
     orpo_layout: str | None = Field(
         default=None, description="How pairs are laid out: auto, padded, packed, shared, or a plugin's name."

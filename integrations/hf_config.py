@@ -44,7 +44,8 @@ class ORPOOwnFields:
         default=1.0, metadata={"help": "Multiplies the log odds ratio inside the sigmoid. Alias: orpo_beta."}
     )
     kernel: str = field(
-        default="auto", metadata={"help": "Who computes the head: auto, reference, chunked, triton, or a plugin's."}
+        default="auto",
+        metadata={"help": "Who computes the head: auto, reference, chunked, chunked_fp32, triton, or a plugin's."},
     )
     layout: str = field(
         default="auto", metadata={"help": "How pairs are laid out: auto, padded, packed, shared, or a plugin's."}

@@ -109,7 +109,7 @@ def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str 
     Args:
         trainer: built with `data_collator=ORPOCollator(...)` and `compute_loss_func=ORPOLoss(...)`, whose `beta` and
             `odds_temperature` are kept.  Its class is replaced by a subclass of itself.
-        kernel: "auto", "chunked", "triton", "reference" or a plugin's name.
+        kernel: "auto", "chunked", "chunked_fp32", "triton", "reference" or a plugin's name.
         nll_normalization: "batch", "microbatch" or "pair".
 
     Raises:

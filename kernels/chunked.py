@@ -39,8 +39,11 @@ from orpo_plugins.predictions import Predictions
 
 @hookimpl
 def orpo_kernels() -> list[Kernel]:
-    """Runs anywhere."""
-    return [Kernel(name="chunked", compute=chunked_head)]
+    """Both run anywhere; "auto" takes the first, where there is nothing better."""
+    return [
+        Kernel(name="chunked", compute=chunked_head),
+        Kernel(name="chunked_fp32", compute=chunked_fp32_head, priority=-10),
+    ]
 
 
 def chunked_head(
@@ -59,6 +62,22 @@ def chunked_head(
     makes the tiles smaller, and the head slower.
     """
     return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps())
+
+
+def chunked_fp32_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    predictions: Predictions,
+    objective: Objective,
+    options: HeadOptions,
+) -> HeadResult:
+    """`chunked_head` that multiplies 16-bit operands in fp32, in the time that fp32 ones take.
+
+    Gradients are then those of exact arithmetic, rounded once to their dtype.  A CPU rounds the results of bf16
+    products to bf16; products on a GPU are accumulated in fp32 without this.
+    """
+    return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps(widens=True))
 
 
 def tiled_head(
@@ -112,7 +131,7 @@ class _TiledHead(torch.autograd.Function):
         need_hidden, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
         trainable = need_weight or need_bias
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
-            tiling = Tiling.plan(len(predictions.rows), weight, options, trainable=trainable)
+            tiling = Tiling.plan(len(predictions.rows), weight, options, trainable=trainable, widens=steps.widens)
             gradient = HiddenGradient.of(hidden, predictions.rows, options) if need_hidden else None
             order = None if gradient is None else gradient.order
             rows, tokens = taken(predictions.rows, order), taken(predictions.tokens, order)

@@ -49,7 +49,8 @@ def linear_orpo_loss(
         ignore_index: marks positions that predict nothing; whatever stands in their hidden states is not looked at.
         softcap: c of c * tanh(logits / c), applied after the scale; None for none.
         logit_scale: multiplies hidden @ weight.T + bias.
-        kernel: "auto", "reference", "chunked", "triton" or a plugin's name.
+        kernel: "auto", "reference", "chunked", "chunked_fp32" (16-bit operands multiplied in fp32), "triton" or a
+            plugin's name.
         memory_budget: bytes that may be held beyond inputs and returned gradients; None leaves it to the kernel.
         nll_tokens: the NLL's denominator; default: the NLL tokens of this call.  Under gradient accumulation, those
             of the whole optimizer step.

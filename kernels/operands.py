@@ -22,7 +22,7 @@ class Operands:
         tiling: Tiling,
         steps: TileSteps,
     ) -> None:
-        self.dtype = working_dtype(hidden.dtype, hidden.device)
+        self.dtype = working_dtype(hidden.dtype, hidden.device, widens=steps.widens)
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self._hidden, self.weight, self.rows, self.tokens = hidden, weight, rows, tokens
         self.bias = None if bias is None else bias.to(self.wide)

@@ -89,9 +89,10 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which tiles are multiplied: fp32 for fp16 on a CPU, which has no fast fp16 product."""
-    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+def working_dtype(dtype: torch.dtype, device: torch.device, *, widens: bool) -> torch.dtype:
+    """The dtype in which tiles are multiplied; fp32 for fp16 on a CPU, which has no fast fp16 product."""
+    slow = dtype == torch.float16 and device.type == "cpu"
+    return torch.float32 if slow or (widens and dtype.itemsize == 2) else dtype
 
 
 def fresh_memory(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:

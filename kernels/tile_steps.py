@@ -58,6 +58,8 @@ class TileSteps(Protocol):
 
     takes_centers: bool
     """Whether `center` may be given."""
+    widens: bool
+    """Whether 16-bit operands are to be multiplied in fp32."""
 
     def scan(
         self,
@@ -99,7 +101,8 @@ class EagerSteps:
 
     takes_centers = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, widens: bool = False) -> None:
+        self.widens = widens
         self._memory: Tensor | None = None
 
     def _wide(self, raw: Tensor) -> Tensor:

@@ -36,10 +36,12 @@ class Tiling:
         return 2 * self.columns
 
     @classmethod
-    def plan(cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool) -> "Tiling":
+    def plan(
+        cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool, widens: bool = False
+    ) -> "Tiling":
         """For `count` lines: tiles that stay in a CPU's caches, or fill a GPU; smaller ones where the budget asks."""
         vocabulary, hidden_size = weight.shape
-        itemsize = working_dtype(weight.dtype, weight.device).itemsize
+        itemsize = working_dtype(weight.dtype, weight.device, widens=widens).itemsize
 
         def working_set(lines: int, columns: int) -> int:
             return lines * columns * (4 + itemsize) + 4 * hidden_size * (4 * lines + columns)

@@ -17,7 +17,7 @@ _LINES_PER_PROGRAM = 1024
 class TritonSteps:
     """`TileSteps` for fp32, bf16 and fp16 on CUDA devices (and under TRITON_INTERPRET=1 on any)."""
 
-    takes_centers = False  # cuBLAS returns products of 16 bits in fp32
+    takes_centers = widens = False  # cuBLAS returns products of 16 bits in fp32
 
     def scan(
         self,

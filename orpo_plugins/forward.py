@@ -49,7 +49,7 @@ class ORPOOptions:
     loss_terms: Mapping[str, float] = field(default_factory=dict)
     """Further per-pair terms of plugins, by name, with their weights."""
     kernel: str = "auto"
-    """Who computes the head: "auto", "reference", "chunked", "triton" or a plugin's."""
+    """Who computes the head: "auto", "reference", "chunked", "chunked_fp32", "triton" or a plugin's."""
     memory_budget: int | None = None
     """Bytes that a kernel may hold beyond inputs and gradients; None leaves it to the kernel."""
     logit_means: bool = False
@@ -119,7 +119,8 @@ def orpo_forward(
             [N, 4] (or [N, 5]) and `shift_labels` [2B, L].
         beta: the paper's lambda, >= 0.
         odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
-        kernel: "auto", "reference" (the model's own logits, all at once), "chunked", "triton" or a plugin's name.
+        kernel: "auto", "reference" (the model's own logits, all at once), "chunked", "chunked_fp32" (16-bit operands
+            multiplied in fp32), "triton" or a plugin's name.
         nll_normalization: "batch" and "microbatch" divide by tokens, "pair" means per answer and divides by pairs.
         loss_terms: per-pair terms of plugins to add, {name: weight}.
         nll_tokens: the NLL's denominator; default: this batch's NLL tokens.  Under gradient accumulation pass the

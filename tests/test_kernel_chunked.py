@@ -55,8 +55,8 @@ def tile_sizes(request, monkeypatch):
     lines, columns, block, width = request.param
     plan = chunked.Tiling.plan
 
-    def cut(count, weight, options, *, trainable):
-        kept = plan(count, weight, options, trainable=trainable).kept
+    def cut(count, weight, options, **named):
+        kept = plan(count, weight, options, **named).kept
         tiles = min(kept, math.ceil(len(weight) / columns))
         return chunked.Tiling(lines=lines, columns=columns, block=block, width=width, kept=tiles)
 
@@ -134,6 +134,19 @@ def test_16_bit_errors_are_no_larger_than_those_of_the_reference_in_the_same_dty
         # A kept tile is rounded before its line's coefficient is known, which is then rounded as well.
         allowed = 1.3 if budget and name == "weight" else 1.05
         assert ours <= allowed * theirs, f"{name}: {ours:.2e} against {theirs:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_chunked_fp32_gives_the_gradients_of_float64_rounded_once_to_16_bits(dtype, transform):
+    case = make_case(pairs=3, length=60, width=64, vocabulary=1031, bias=True, prompt=10, dtype=dtype, scale=0.5)
+    expected, gradients = in_float64(case, **transform)
+    actual = run_case(case, kernel="chunked_fp32", **transform)
+    assert_within(actual[0].chosen_logps, expected.chosen_logps, FP32)
+    for name, gradient in actual[1].items():
+        assert gradient.dtype == dtype
+        rounded = relative_difference(gradients[name].to(dtype), gradients[name])
+        assert relative_difference(gradient, gradients[name]) <= 1.01 * rounded, name
 
 
 @pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])

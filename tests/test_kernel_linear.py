@@ -158,7 +158,7 @@ def test_a_bad_batch_is_named(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "fast"}, "unknown kernel 'fast'; known: auto, chunked, reference, triton"),
+        ({"kernel": "fast"}, "unknown kernel 'fast'; known: auto, chunked, chunked_fp32, reference, triton"),
         ({"beta": -0.1}, "beta is -0.1"),
         ({"odds_temperature": 0.0}, "odds_temperature is 0.0"),
         ({"softcap": 0.0}, "softcap is 0.0: it must be a finite number > 0, or None for no soft-cap"),

@@ -49,8 +49,8 @@ def differences(case, transform, kept):
         small = {"lines": 5, "columns": 64, "block": 7, "width": 24}
         plan = chunked.Tiling.plan
 
-        def cut(count, weight, options, *, trainable):
-            planned = plan(count, weight, options, trainable=trainable)
+        def cut(count, weight, options, **named):
+            planned = plan(count, weight, options, **named)
             return chunked.Tiling(**small, kept=-(-len(weight) // 64) if planned.kept else 0)
 
         chunked.Tiling.plan = cut

@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -314,7 +315,7 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Machine, versions, command and rows, after every variant; for any program of this folder."""
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
         "versions": {name: version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ A block stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; N
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -72,7 +73,27 @@ def paper_observation() -> str:
 
 def head() -> str:
     """CPU seconds and MiB of the head alone, by peer and cell."""
-    result = results("head_cpu")
+    return _cells(results("head_cpu"))
+
+
+def head_products() -> str:
+    """The same for the two that multiply bf16 operands in fp32, beside our default."""
+    return _cells(results("head_fp32_products"))
+
+
+def head_accuracy() -> str:
+    """Distances of loss and gradients from float64, by peer and dtype, with a trainable head."""
+    rows = [row for row in results("head_accuracy")["rows"] if row["head"] == "trainable"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figures: dict[str, dict[str, str]] = {}
+    for row in rows:
+        errors = (row.get(f"{name}_error", math.nan) for name in ("loss", "hidden_gradient", "weight_gradient"))
+        figures.setdefault(row["peer"], {})[row["dtype"]] = " / ".join(f"{error:.2e}" for error in errors)
+    lines = [[peer, *(found.get(dtype, "") for dtype in dtypes)] for peer, found in figures.items()]
+    return table(["loss / hidden states / weight", *dtypes], lines) + source(results("head_accuracy"))
+
+
+def _cells(result: dict[str, Any]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in result["rows"]:
         name = f"{row['head']} {row['vocabulary'] // 1000}k {row['dtype']}"
@@ -153,6 +174,8 @@ def step() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "head": head,
     "head-curve": head_curve,
+    "head-accuracy": head_accuracy,
+    "head-products": head_products,
     "head-growth": head_growth,
     "paper-observation": paper_observation,
     "politeness": politeness,

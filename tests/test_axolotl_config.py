@@ -32,7 +32,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"orpo_kernal": "chunked"},
         "ConfigError: unknown YAML key 'orpo_kernal' (did you mean orpo_kernel?); known: orpo_alpha, orpo_kernel,",
     ),
-    "an unknown kernel": ({"orpo_kernel": "fast"}, "unknown kernel 'fast'; known: auto, chunked, chunked_fp32, reference"),
+    "an unknown kernel": (
+        {"orpo_kernel": "fast"},
+        "unknown kernel 'fast'; known: auto, chunked, chunked_fp32",
+    ),
     "an unknown layout": ({"orpo_layout": "flat"}, "unknown layout 'flat'; known: auto, packed, padded"),
     "an unknown nll_over": ({"orpo_nll_over": "answer"}, "unknown orpo_nll_over 'answer'; known: sequence, completion"),
     "an unknown normalization": (

@@ -52,7 +52,10 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that makes logits from hidden states; `ModelError` for a model that has no decoder with a head."""
+    """The module that makes logits from hidden states, PEFT's trained copy of it where that is in use.
+
+    Raises `ModelError` for a model that has no decoder with a head.
+    """
     inner = unwrap_model(model)
     head = cast(Any, inner).get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or _is_encoder_only(inner):
@@ -61,7 +64,18 @@ def output_head(model: nn.Module) -> nn.Module:
             "token by token: load the checkpoint with AutoModelForCausalLM, from a decoder architecture, or with "
             "AutoModelForSeq2SeqLM"
         )
-    return cast(nn.Module, head)
+    return _in_use(head)
+
+
+def _in_use(head: Any) -> nn.Module:
+    """What runs behind PEFT's wrapper of a module in `modules_to_save`, or the module itself.
+
+    The wrapper's forward must not be replaced: under ZeRO-3 the copy's weights are whole only while it is called.
+    """
+    if not (hasattr(head, "modules_to_save") and hasattr(head, "active_adapters")):
+        return cast(nn.Module, head)
+    adapters = [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
+    return cast(nn.Module, head.modules_to_save[adapters[0]] if adapters else head.original_module)
 
 
 def _is_encoder_only(model: nn.Module) -> bool:
@@ -90,9 +104,6 @@ def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
 
     Raises `ModelError` for a head whose forward is more than one linear map of these two.
     """
-    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):  # PEFT's trained copy of a module
-        adapters = [name for name in head.active_adapters if name in head.modules_to_save]
-        head = head.modules_to_save[adapters[0]] if adapters else head.original_module
     if hasattr(head, "base_layer") or hasattr(head, "lora_A"):
         raise ModelError(
             f"lm_head carries an adapter ({type(head).__name__}), whose weights a fused head would leave without a "

@@ -164,6 +164,17 @@ def test_wrappers_are_looked_through() -> None:
     assert output_head(wrapped) is model.lm_head
 
 
+def test_the_head_in_modules_to_save_is_the_copy_in_use() -> None:
+    """Not the wrapper around it, during whose call alone the copy's weights may still be cut (ZeRO-3)."""
+    peft = pytest.importorskip("peft", reason="PEFT is an optional extra")
+    model = build("llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2))
+    wrapper = model.lm_head
+    assert output_head(wrapped) is wrapper.modules_to_save["default"]
+    with wrapped.disable_adapter():
+        assert output_head(wrapped) is wrapper.original_module
+
+
 def test_nothing_that_compiles_is_imported_before_something_is_compiled() -> None:
     code = (
         "import sys, torch, orpo_plugins as o\n"

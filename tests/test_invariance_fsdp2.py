@@ -10,31 +10,41 @@ from launching import run_worker
 OPTIONS: dict[str, Any] = {"learning_rate": 0.5, "kernel": "chunked"}
 
 
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "shared, checkpointed": {"layout": "shared", "checkpointing": True},
+    "tied, shared, checkpointed": {"tied": True, "layout": "shared", "checkpointing": True},
+    "frozen head, shared": {"frozen": True, "layout": "shared"},
+    "capped logits": {"model": "Gemma2"},
+}
+CUTS: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {"batch_size": 4}) for name in MODELS],
+    ("untied", {"batch_size": 1}),
+    ("tied", {"batch_size": 1}),
+    ("untied", {"batch_size": 2, "kernel": "reference"}),
+]
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    runs = {"untied": {**OPTIONS, "batch_size": 8}, "tied": {**OPTIONS, "batch_size": 8, "tied": True}}
-    results = run_worker("train_fsdp2.py", [*runs.values()], tmp_path_factory.mktemp("one") / "results", ranks=1)
-    return dict(zip(runs, results, strict=True))
+    """The whole step at once, and nothing computed twice."""
+    runs = [{**OPTIONS, **model, "checkpointing": False, "batch_size": 8} for model in MODELS.values()]
+    results = run_worker("train_fsdp2.py", runs, tmp_path_factory.mktemp("one") / "results", ranks=1)
+    return dict(zip(MODELS, results, strict=True))
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    runs = {
-        "untied, 4 x 2": {**OPTIONS, "batch_size": 4},
-        "untied, 1 x 8": {**OPTIONS, "batch_size": 1},
-        "untied, reference": {**OPTIONS, "batch_size": 2, "kernel": "reference"},
-        "tied, 4 x 2": {**OPTIONS, "batch_size": 4, "tied": True},
-        "tied, 1 x 8": {**OPTIONS, "batch_size": 1, "tied": True},
-    }
-    results = run_worker("train_fsdp2.py", [*runs.values()], tmp_path_factory.mktemp("two") / "results", ranks=2)
-    return dict(zip(runs, results, strict=True))
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    runs = [{**OPTIONS, **MODELS[name], **cut} for name, cut in CUTS]
+    return run_worker("train_fsdp2.py", runs, tmp_path_factory.mktemp("two") / "results", ranks=2)
 
 
-@pytest.mark.parametrize("name", ["untied, 4 x 2", "untied, 1 x 8", "untied, reference", "tied, 4 x 2", "tied, 1 x 8"])
+@pytest.mark.parametrize("run", range(len(CUTS)), ids=[f"{name}, {cut}" for name, cut in CUTS])
 def test_sharded_steps_equal_those_of_one_process(
-    name: str, one_process: dict[str, dict[str, torch.Tensor]], sharded: dict[str, dict[str, torch.Tensor]]
+    run: int, one_process: dict[str, dict[str, torch.Tensor]], sharded: list[dict[str, torch.Tensor]]
 ) -> None:
-    assert_all_within(sharded[name], one_process[name.split(",")[0]], 1e-5)
+    assert_all_within(sharded[run], one_process[CUTS[run][0]], 1e-5)
 
 
 def test_the_weights_did_change(one_process: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -6,12 +6,13 @@ Usage: train_fsdp2.py <json list of options> <output file>
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,26 +20,47 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from orpo_plugins import ORPOCollator, orpo_forward
+from orpo_plugins import ORPOCollator, orpo_forward, plugins
 
 PAIRS_PER_STEP = 8
 
 
-def train(options: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
-    """What five SGD steps of eight pairs change in the weights."""
-    model = tiny.model(initializer_range=0.2, tie_word_embeddings=options.get("tied", False))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    if ranks > 1:
-        mesh = init_device_mesh("cpu", (ranks,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    collator = ORPOCollator(tiny.tokenizer(), max_length=512)
-    optimizer = torch.optim.SGD(model.parameters(), lr=options["learning_rate"])
+def untrained(options: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model that `options` ask for, and its weights."""
+    name, tied = options.get("model", "Llama"), options.get("tied", False)
+    model: Any = tiny.model(name, initializer_range=0.2, tie_word_embeddings=tied).train()
+    if options.get("frozen"):
+        model.lm_head.requires_grad_(False)
+    if options.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.get("adapter"):
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        model = get_peft_model(model, config)
+    plugins.layout(options.get("layout", "padded")).prepare(model)
+    return model, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def steps(options: dict[str, Any]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """(micro-batches, NLL tokens) of five optimizer steps."""
+    collator = ORPOCollator(tiny.tokenizer(), max_length=512, layout=options.get("layout", "padded"))
     rows, size = tiny.skewed_rows(5 * PAIRS_PER_STEP), options["batch_size"]
     for first in range(0, len(rows), PAIRS_PER_STEP):
         step = [collator(rows[start : start + size]) for start in range(first, first + PAIRS_PER_STEP, size)]
-        tokens = sum(int((batch["shift_labels"] != -100).sum()) for batch in step)
+        yield step, sum(int((batch["shift_labels"] != -100).sum()) for batch in step)
+
+
+def train(options: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
+    """What five SGD steps of eight pairs change in the weights."""
+    model, before = untrained(options)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in cast(Any, model).model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options["learning_rate"])
+    for step, tokens in steps(options):
         for batch in step[rank::ranks]:
             # Data parallelism averages gradients, so the step's totals are divided by the number of ranks.
             out = orpo_forward(

@@ -62,7 +62,7 @@ def train(options: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
             )
             # The totals are those of the whole step: the engine must not divide by the number of micro-batches.
             engine.backward(out.loss, scale_wrt_gas=False)
-            # DeepSpeed 0.18.9 gathers stages 1 and 2 into views, which torch 2.13 refuses while it records.
+            # With gloo, DeepSpeed 0.18.9 gathers stages 1 and 2 into views, which torch 2.13 refuses while it records.
             with torch.no_grad():
                 engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):

@@ -65,8 +65,11 @@ def train(options: dict[str, Any], rank: int, ranks: int) -> dict[str, Tensor]:
             # With gloo, DeepSpeed 0.18.9 gathers stages 1 and 2 into views, which torch 2.13 refuses while it records.
             with torch.no_grad():
                 engine.step()
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
-        change = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    change = {}
+    for name, parameter in model.named_parameters():
+        # One by one: of several, DeepSpeed waits for the last alone, and gloo does not keep their order.
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            change[name] = parameter.detach() - before[name]
     engine.destroy()
     return change
 

@@ -18,6 +18,8 @@ so that log p <= 0 holds for every rounding and 1 - p keeps its digits where p i
 running maximum, rounded up to an integer: moving it multiplies by a power of two, which rounds nothing.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from orpo_plugins.errors import BatchError
 from orpo_plugins.hookspecs import hookimpl
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, KernelFunction, Objective
 from orpo_plugins.kernels.hidden_gradient import HiddenGradient
 from orpo_plugins.kernels.operands import Operands
 from orpo_plugins.kernels.reference import combine
@@ -37,49 +39,6 @@ from orpo_plugins.kernels.weight_gradient import WeightGradient
 from orpo_plugins.predictions import Predictions
 
 
-@hookimpl
-def orpo_kernels() -> list[Kernel]:
-    """Both run anywhere; "auto" takes the first, where there is nothing better."""
-    return [
-        Kernel(name="chunked", compute=chunked_head),
-        Kernel(name="chunked_fp32", compute=chunked_fp32_head, priority=-10),
-    ]
-
-
-def chunked_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    predictions: Predictions,
-    objective: Objective,
-    options: HeadOptions,
-) -> HeadResult:
-    """See `KernelFunction`.
-
-    `memory_budget` buys kept tiles: each byte beyond the working set of a few tiles saves its share of the fourth
-    matrix product of a trainable head.  The default is 2.5 times the returned weight gradient for 16-bit dtypes and
-    nothing for wider ones, whose tiles take twice the memory for the same saving.  A budget below the working set
-    makes the tiles smaller, and the head slower.
-    """
-    return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps())
-
-
-def chunked_fp32_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    predictions: Predictions,
-    objective: Objective,
-    options: HeadOptions,
-) -> HeadResult:
-    """`chunked_head` that multiplies 16-bit operands in fp32, in the time that fp32 ones take.
-
-    Gradients are then those of exact arithmetic, rounded once to their dtype.  A CPU rounds the results of bf16
-    products to bf16; products on a GPU are accumulated in fp32 without this.
-    """
-    return tiled_head(hidden, weight, bias, predictions, objective, options, EagerSteps(widens=True))
-
-
 def tiled_head(
     hidden: Tensor,
     weight: Tensor,
@@ -87,17 +46,40 @@ def tiled_head(
     predictions: Predictions,
     objective: Objective,
     options: HeadOptions,
-    steps: TileSteps,
+    *,
+    steps: Callable[[], TileSteps],
 ) -> HeadResult:
-    """The algorithm of this module with the arithmetic on tiles given by `steps`."""
+    """The algorithm of this module, a `KernelFunction` once the arithmetic on tiles is given by `steps`.
+
+    `memory_budget` buys kept tiles: each byte beyond the working set of a few tiles saves its share of the fourth
+    matrix product of a trainable head.  The default is 2.5 times the returned weight gradient for 16-bit dtypes and
+    nothing for wider ones, whose tiles take twice the memory for the same saving.  A budget below the working set
+    makes the tiles smaller, and the head slower.
+    """
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     if not torch.is_grad_enabled():  # needs_input_grad below does not know about no_grad
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, logps, means = cast(
         tuple[Tensor, Tensor, Tensor, Tensor | None],
-        _TiledHead.apply(hidden, weight, bias, predictions, objective, options, steps),  # type: ignore[no-untyped-call]
+        _TiledHead.apply(hidden, weight, bias, predictions, objective, options, steps()),  # type: ignore[no-untyped-call]
     )
     return HeadResult(loss=loss, nll_loss=nll, logps=logps, logit_means=means)
+
+
+chunked_head: KernelFunction = partial(tiled_head, steps=EagerSteps)
+
+# Its gradients are those of exact arithmetic, rounded once to 16 bits, in the time that fp32 operands take.  A CPU
+# rounds the results of bf16 products to bf16; on a GPU they come in fp32 without this.
+chunked_fp32_head: KernelFunction = partial(tiled_head, steps=partial(EagerSteps, widens=True))
+
+
+@hookimpl
+def orpo_kernels() -> list[Kernel]:
+    """Both run anywhere; "auto" takes the first, where there is nothing better."""
+    return [
+        Kernel(name="chunked", compute=chunked_head),
+        Kernel(name="chunked_fp32", compute=chunked_fp32_head, priority=-10),
+    ]
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.kernels.products import Blocks, product_less, times_transposed, working_dtype
-from orpo_plugins.kernels.tile_steps import TileSteps, Transform, bent_targets
+from orpo_plugins.kernels.tile_steps import Tile, TileSteps, Transform, bent_targets
 from orpo_plugins.kernels.tiling import Tiling, blank, cut
 
 
@@ -65,6 +65,11 @@ class Operands:
             return times_transposed(a, b, memory)
         assert isinstance(b, Tensor)
         return product_less(a, b, center, memory)
+
+    def tile(self, raw: Tensor, center: Tensor | None, bias: Tensor | None, lines: slice, columns: slice) -> Tile:
+        """Raw products of some lines and columns, with the lines' targets."""
+        targets = self.tokens[lines] - columns.start
+        return Tile(raw=raw, center=center, bias=bias, targets=targets, transform=self.transform)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b.T in the widest dtype at hand, in memory of its own until the next call."""

@@ -105,8 +105,7 @@ def _scan_tile(
         out = kept.tiles[index][lines]
     elif expected is not None:
         out = inputs.like(raw)
-    targets = inputs.tokens[lines] - columns.start
-    shrink = inputs.steps.scan(raw, center, bias, targets, inputs.transform, running, out)
+    shrink = inputs.steps.scan(inputs.tile(raw, center, bias, lines, columns), running, out)
     if index < len(kept.tiles):
         kept.references[index][lines] = running.reference
     if expected is not None and out is not None:

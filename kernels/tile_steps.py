@@ -53,46 +53,40 @@ class Running:
         return Running(reference=self.reference[lines], others=self.others[lines], raw_sum=raw_sum)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tile:
+    """Raw products of some lines and vocabulary entries, and what makes logits of them."""
+
+    raw: Tensor
+    """hidden @ weight.T less `center`; it is overwritten."""
+    center: Tensor | None
+    """[lines]: what was taken off the raw products of each line."""
+    bias: Tensor | None
+    """[columns]."""
+    targets: Tensor
+    """[lines]: counted from the tile's first column; they may lie outside."""
+    transform: Transform
+
+
 class TileSteps(Protocol):
     """The arithmetic on one tile: all that differs between plain PyTorch and a GPU kernel."""
 
     takes_centers: bool
-    """Whether `center` may be given."""
+    """Whether tiles may have a `center`."""
     widens: bool
     """Whether 16-bit operands are to be multiplied in fp32."""
 
-    def scan(
-        self,
-        raw: Tensor,
-        center: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        running: Running,
-        out: Tensor | None,
-    ) -> Tensor:
-        """Takes `raw` [lines, columns] (overwritten) into `running`; writes E * slope, zero at the target, to `out`.
+    def scan(self, tile: Tile, running: Running, out: Tensor | None) -> Tensor:
+        """Takes a tile [lines, columns] into `running`; writes E * slope, zero at the target, to `out`.
 
-        `center` [lines] is what was taken off the raw products of each line.  `targets` [lines] counts from the
-        tile's first column and may lie outside.  `out` may be `raw`.  Returns [lines]: the power of two by which
-        moving the reference shrinks what was accumulated before.
+        `out` may be `tile.raw`.  Returns [lines]: the power of two by which moving the reference shrinks what was
+        accumulated before.
         """
 
-    def gradient(
-        self,
-        raw: Tensor,
-        center: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        reference: Tensor,
-        at_target: Tensor,
-        coefficients: Tensor,
-        out: Tensor,
-    ) -> None:
-        """From `raw` [columns, lines] (overwritten): E * slope, `at_target` at the targets, all times `coefficients`.
+    def gradient(self, tile: Tile, reference: Tensor, at_target: Tensor, coefficients: Tensor, out: Tensor) -> None:
+        """From a tile [columns, lines]: E * slope, `at_target` at the targets, all times `coefficients`.
 
-        The last three are [lines]; the result goes to `out`, which may be `raw`.
+        The three are [lines]; the result goes to `out`, which may be `tile.raw`.
         """
 
 
@@ -114,19 +108,10 @@ class EagerSteps:
             self._memory = torch.empty(raw.numel(), dtype=torch.float32, device=raw.device)
         return self._memory[: raw.numel()].view(raw.shape).copy_(raw)
 
-    def scan(
-        self,
-        raw: Tensor,
-        center: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        running: Running,
-        out: Tensor | None,
-    ) -> Tensor:
+    def scan(self, tile: Tile, running: Running, out: Tensor | None) -> Tensor:
         """See `TileSteps`."""
-        offset = None if center is None else center[:, None]
-        wide, slope, origin = _bent(self._wide(raw), offset, None if bias is None else bias[None, :], transform)
+        transform = tile.transform
+        wide, slope, origin = _bent(self._wide(tile.raw), _across(tile.center, 1), _across(tile.bias, 0), transform)
         if running.raw_sum is not None:
             running.raw_sum += wide.sum(1)
             if origin is not None:
@@ -134,37 +119,31 @@ class EagerSteps:
         highest = wide.amax(1) if origin is None else wide.amax(1).add_(origin[:, 0])
         reference = torch.maximum(running.reference, highest.mul_(transform.factor).ceil_())
         shrink = torch.exp2(running.reference - reference)
-        tile = _powers(wide, origin, reference[:, None], transform)
-        put(tile, 1, targets, 0.0)
-        running.others.mul_(shrink).add_(tile.sum(1))
+        powers = _powers(wide, origin, reference[:, None], transform)
+        put(powers, 1, tile.targets, 0.0)
+        running.others.mul_(shrink).add_(powers.sum(1))
         running.reference.copy_(reference)
         if slope is not None:
-            tile *= slope
-        if out is not None and out is not tile:
-            out.copy_(tile)
+            powers *= slope
+        if out is not None and out is not powers:
+            out.copy_(powers)
         return shrink
 
-    def gradient(
-        self,
-        raw: Tensor,
-        center: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        reference: Tensor,
-        at_target: Tensor,
-        coefficients: Tensor,
-        out: Tensor,
-    ) -> None:
+    def gradient(self, tile: Tile, reference: Tensor, at_target: Tensor, coefficients: Tensor, out: Tensor) -> None:
         """See `TileSteps`."""
-        offset = None if center is None else center[None, :]
-        wide, slope, origin = _bent(self._wide(raw), offset, None if bias is None else bias[:, None], transform)
-        tile = _powers(wide, origin, reference[None, :], transform).mul_(coefficients)
+        transform = tile.transform
+        wide, slope, origin = _bent(self._wide(tile.raw), _across(tile.center, 0), _across(tile.bias, 1), transform)
+        powers = _powers(wide, origin, reference[None, :], transform).mul_(coefficients)
         if slope is not None:
-            tile *= slope
-        put(tile, 0, targets, at_target * coefficients)
-        if out is not tile:
-            out.copy_(tile)
+            powers *= slope
+        put(powers, 0, tile.targets, at_target * coefficients)
+        if out is not powers:
+            out.copy_(powers)
+
+
+def _across(values: Tensor | None, dim: int) -> Tensor | None:
+    """A row (0) or a column (1)."""
+    return None if values is None else values.unsqueeze(dim)
 
 
 def _bent(

@@ -37,12 +37,12 @@ def triton_head(
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
-    """See `KernelFunction`, and `chunked_head` for `memory_budget`."""
+    """See `KernelFunction`, and `tiled_head` for `memory_budget`."""
     from orpo_plugins.kernels.triton_steps import TritonSteps
 
-    steps = EagerSteps() if hidden.dtype == torch.float64 else TritonSteps()
+    steps = EagerSteps if hidden.dtype == torch.float64 else TritonSteps
     with _on(hidden.device):
-        return tiled_head(hidden, weight, bias, predictions, objective, options, steps)
+        return tiled_head(hidden, weight, bias, predictions, objective, options, steps=steps)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

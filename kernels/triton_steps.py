@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_plugins.kernels.tile_steps import Running, Transform
+from orpo_plugins.kernels.tile_steps import Running, Tile
 
 _LINES_PER_PROGRAM = 1024
 
@@ -19,17 +19,9 @@ class TritonSteps:
 
     takes_centers = widens = False  # cuBLAS returns products of 16 bits in fp32
 
-    def scan(
-        self,
-        raw: Tensor,
-        center: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        running: Running,
-        out: Tensor | None,
-    ) -> Tensor:
+    def scan(self, tile: Tile, running: Running, out: Tensor | None) -> Tensor:
         """See `TileSteps`; one program per line."""
+        raw, bias, transform = tile.raw, tile.bias, tile.transform
         lines, columns = raw.shape
         shrink = torch.empty_like(running.reference)
         # Pointers that are not used must still be pointers.
@@ -37,7 +29,7 @@ class TritonSteps:
             raw,
             raw.stride(0),
             raw if bias is None else bias,
-            targets,
+            tile.targets,
             running.reference,
             running.others,
             running.others if running.raw_sum is None else running.raw_sum,
@@ -56,26 +48,16 @@ class TritonSteps:
         )
         return shrink
 
-    def gradient(
-        self,
-        raw: Tensor,
-        center: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        reference: Tensor,
-        at_target: Tensor,
-        coefficients: Tensor,
-        out: Tensor,
-    ) -> None:
+    def gradient(self, tile: Tile, reference: Tensor, at_target: Tensor, coefficients: Tensor, out: Tensor) -> None:
         """See `TileSteps`; one program per vocabulary entry and block of lines."""
+        raw, bias, transform = tile.raw, tile.bias, tile.transform
         columns, lines = raw.shape
         block = min(_LINES_PER_PROGRAM, triton.next_power_of_2(lines))
         _gradient[(columns, triton.cdiv(lines, block))](
             raw,
             raw.stride(0),
             raw if bias is None else bias,
-            targets,
+            tile.targets,
             reference,
             at_target,
             coefficients,

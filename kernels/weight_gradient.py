@@ -104,17 +104,8 @@ class WeightGradient:
         center = self._scan.centers[columns.start // inputs.tiling.columns][lines].float() if inputs.centered else None
         raw = inputs.raw(weight, hidden, None if center is None else center[None, :])
         out = inputs.like(raw)
-        inputs.steps.gradient(
-            raw,
-            center,
-            bias,
-            inputs.tokens[lines] - columns.start,
-            inputs.transform,
-            reference,
-            self._at_target[lines],
-            self._coefficients[lines],
-            out,
-        )
+        tile = inputs.tile(raw, center, bias, lines, columns)
+        inputs.steps.gradient(tile, reference, self._at_target[lines], self._coefficients[lines], out)
         return out
 
 

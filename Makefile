@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 # makes models this small slower, and very slow on a busy machine.
 QUIET := AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 ONE_THREAD := OMP_NUM_THREADS=1
+# Apart from the rest: where it can be imported, Accelerate does, and process groups outlive every trainer.
+DEEPSPEED := $(CURDIR)/.venv-latest/deepspeed
 
 .PHONY: demo test test-axolotl test-latest gpu clean
 
@@ -27,6 +29,7 @@ test-axolotl: .venv/.test
 
 test-latest: .venv-latest/.test
 	$(ONE_THREAD) .venv-latest/bin/python -m pytest
+	$(ONE_THREAD) PYTHONPATH=$(DEEPSPEED) .venv-latest/bin/python -m pytest tests/test_invariance_deepspeed.py
 
 gpu: .venv-latest/.test
 	.venv-latest/bin/pip install --quiet -e '.[trl,peft,plot]' cut-cross-entropy
@@ -54,7 +57,8 @@ clean:
 .venv-latest/.test: .venv-latest/.torch pyproject.toml
 	@echo "Installing the newest releases and the test tools into .venv-latest: some minutes, once."
 	@.venv-latest/bin/pip install --quiet -e '.[liger,dev]'
-	@DS_BUILD_OPS=0 .venv-latest/bin/pip install --quiet --no-build-isolation deepspeed==0.18.9
+	@DS_BUILD_OPS=0 .venv-latest/bin/pip install --quiet --no-build-isolation --no-deps --upgrade --target $(DEEPSPEED) \
+	  deepspeed==0.18.9 hjson py-cpuinfo ninja msgpack einops
 	@touch $@
 
 # torch before all else, so that what follows keeps this build.

@@ -45,3 +45,9 @@ def run_worker(script: str, runs: list[dict[str, Any]], output: Path, *, ranks: 
     run_python([*launcher, str(ROOT / "tests" / "workers" / script), json.dumps(runs), str(output)], output.parent)
     results: list[Any] = torch.load(output, weights_only=False)
     return results
+
+
+def unsharded(models: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What train_fsdp2.py changes in each model on one process: the whole step at once, and nothing computed twice."""
+    runs = [{**options, "checkpointing": False, "batch_size": 8} for options in models.values()]
+    return dict(zip(models, run_worker("train_fsdp2.py", runs, folder / "results", ranks=1), strict=True))

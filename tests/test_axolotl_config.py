@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown kernel": (
         {"orpo_kernel": "fast"},
-        "unknown kernel 'fast'; known: auto, chunked, chunked_fp32",
+        "unknown kernel 'fast'; known: auto, chunked, chunked_fp32, reference",
     ),
     "an unknown layout": ({"orpo_layout": "flat"}, "unknown layout 'flat'; known: auto, packed, padded"),
     "an unknown nll_over": ({"orpo_nll_over": "answer"}, "unknown orpo_nll_over 'answer'; known: sequence, completion"),

@@ -99,7 +99,8 @@ def test_weights_that_are_not_finite_end_the_run_or_the_step(kernel: str, tmp_pa
 
 
 def test_an_unknown_kernel_or_layout_lists_the_known_ones() -> None:
-    with pytest.raises(errors.ConfigError, match="unknown kernel 'quick'; known: auto, chunked, chunked_fp32"):
+    known = "auto, chunked, chunked_fp32, reference"
+    with pytest.raises(errors.ConfigError, match=f"unknown kernel 'quick'; known: {known}"):
         orpo_forward(tiny.model(), batch(), kernel="quick")
     with pytest.raises(errors.ConfigError, match="unknown layout 'stacked'; known: auto, packed, padded, "):
         ORPOCollator(tiny.tokenizer(), layout="stacked")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_all_within, assert_within
-from launching import run_worker
+from launching import run_worker, unsharded
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not among the dependencies: pip install deepspeed", allow_module_level=True)
@@ -34,10 +34,7 @@ TRAINER: dict[str, Any] = {**OPTIONS, "max_steps": 5, "eval_rows": 10}
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """The whole step at once, and nothing computed twice."""
-    runs = [{**OPTIONS, **model, "checkpointing": False, "batch_size": 8} for model in MODELS.values()]
-    results = run_worker("train_fsdp2.py", runs, tmp_path_factory.mktemp("one") / "results", ranks=1)
-    return dict(zip(MODELS, results, strict=True))
+    return unsharded({name: {**OPTIONS, **model} for name, model in MODELS.items()}, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_batches_are_not_cut_apart_between_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "quick"}, "unknown kernel 'quick'; known: auto, chunked, chunked_fp32"),
+        ({"kernel": "quick"}, "unknown kernel 'quick'; known: auto, chunked, chunked_fp32, reference"),
         ({"layout": "stacked"}, "unknown layout 'stacked'; known: auto, packed, padded, seq2seq, shared"),
         ({"nll_over": "answer"}, "unknown nll_over 'answer'"),
         ({"nll_normalization": "mean"}, "unknown nll_normalization 'mean'"),

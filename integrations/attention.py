@@ -148,27 +148,36 @@ def attend(
     lengths = [span.length for span in spans.spans]
     queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
     index = {span.start: number for number, span in enumerate(spans.spans)}
+    written_out = softcap is not None or sinks is not None
     parts = []
     for number, span in enumerate(spans.spans):
         context = _visible_context(span, window)
         before = index[span.context_start]
-        own_keys = _with_context(keys[number], keys[before], context)
-        own_values = _with_context(values[number], values[before], context)
-        bias = _bias(spans, span, window, query)
-        if softcap is None and sinks is None:
-            part = F.scaled_dot_product_attention(
-                queries[number],
-                own_keys,
-                own_values,
-                attn_mask=bias,
-                dropout_p=dropout,
-                is_causal=bias is None,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        else:
-            part = _written_out(queries[number], own_keys, own_values, bias, scale, dropout, softcap, sinks)
-        parts.append(part.transpose(1, 2))
+        all_keys = _with_context(keys[number], keys[before], context)
+        all_values = _with_context(values[number], values[before], context)
+        most = _rows_at_once(span.length, all_keys, window, written_out)
+        start = all_keys.shape[2] - span.length
+        for rows in torch.split(queries[number], most, dim=2):
+            stop = start + rows.shape[2]
+            first = 0 if window is None else max(0, start - window + 1)
+            seen = slice(first, stop)
+            own_keys, own_values = _part(all_keys, seen), _part(all_values, seen)
+            bias = _bias(spans, start - first, rows, window)
+            if written_out:
+                part = _written_out(rows, own_keys, own_values, bias, scale, dropout, softcap, sinks)
+            else:
+                part = F.scaled_dot_product_attention(
+                    rows,
+                    own_keys,
+                    own_values,
+                    attn_mask=bias,
+                    dropout_p=dropout,
+                    is_causal=bias is None,
+                    scale=scale,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            parts.append(part.transpose(1, 2))
+            start = stop
     return torch.cat(parts, dim=1)
 
 
@@ -211,25 +220,39 @@ def _with_context(own: Tensor, before: Tensor, context: slice | None) -> Tensor:
     return own if context is None else torch.cat([before[:, :, context], own], dim=2)
 
 
-def _bias(spans: Spans, span: Span, window: int | None, query: Tensor) -> Tensor | None:
-    """[length, context + length] to add to the scores; None where plain causal attention is meant.
+def _part(whole: Tensor, seen: slice) -> Tensor:
+    """Some of the rows; all of them without a slice, whose gradient would be copied."""
+    return whole if seen.stop - seen.start == whole.shape[2] else whole[:, :, seen]
+
+
+def _rows_at_once(length: int, keys: Tensor, window: int | None, written_out: bool) -> int:
+    """How many of a span's rows to take together: those of one call are scored against all keys that any of them sees.
+
+    torch's kernel for CPUs scores causal rows against whole blocks of 512 keys, up to twice as many as they see.
+    """
+    if keys.device.type == "cpu" and keys.shape[2] <= 1024:
+        return 64
+    return 512 if written_out or window is not None else length
+
+
+def _bias(spans: Spans, before: int, rows: Tensor, window: int | None) -> Tensor | None:
+    """[rows, before + rows] to add to the scores of rows that follow `before` keys; None for plain causal attention.
 
     In the queries' dtype, since scaled_dot_product_attention would convert a boolean one at every layer.
     """
-    context = _visible_context(span, window)
-    before = 0 if context is None else context.stop - context.start
-    if not before and (window is None or span.length <= window):
+    length = rows.shape[2]
+    if not before and (window is None or length <= window):
         return None
 
     def make() -> Tensor:
         distance = (
-            torch.arange(before, before + span.length, device=query.device)[:, None]
-            - torch.arange(before + span.length, device=query.device)[None, :]
+            torch.arange(before, before + length, device=rows.device)[:, None]
+            - torch.arange(before + length, device=rows.device)[None, :]
         )
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+        return torch.zeros(hidden.shape, dtype=rows.dtype, device=rows.device).masked_fill_(hidden, float("-inf"))
 
-    return spans.derived((span, before, window, query.dtype, query.device), make)  # type: ignore[no-any-return]
+    return spans.derived((before, length, window, rows.dtype, rows.device), make)  # type: ignore[no-any-return]
 
 
 def _written_out(

@@ -39,13 +39,13 @@ def random_pairs(lengths=((9, 5, 8), (2, 12, 1), (14, 4, 6))):
     return [pair(*each) for each in lengths]
 
 
-def one_row_at_a_time(query, key, value, *, window=None, softcap=None, sinks=None, scale=None):
+def one_row_at_a_time(query, key, value, *, spans=SPANS, window=None, softcap=None, sinks=None, scale=None):
     """The definition: each row's softmax over what it sees."""
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.zeros(1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype)
-    for span in SPANS:
+    for span in spans:
         for row in range(span.start, span.start + span.length):
             seen = [*range(span.context_start, span.context_start + span.context_length), *range(span.start, row + 1)]
             seen = seen if window is None else seen[-window:]
@@ -58,9 +58,9 @@ def one_row_at_a_time(query, key, value, *, window=None, softcap=None, sinks=Non
     return out
 
 
-def qkv(dtype=torch.float64, heads=4, groups=2):
+def qkv(dtype=torch.float64, heads=4, groups=2, rows=24):
     torch.manual_seed(0)
-    return [torch.randn(1, h, 24, 8, dtype=dtype) for h in (heads, groups, groups)]
+    return [torch.randn(1, h, rows, 8, dtype=dtype) for h in (heads, groups, groups)]
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 100])
@@ -79,6 +79,30 @@ def test_soft_capped_scores_and_sinks(options, window):
         options = {**options, "sinks": torch.randn(4, dtype=torch.float64)}
     found = attention.attend(query, key, value, Spans(spans=SPANS), window=window, **options)
     assert_within(found, one_row_at_a_time(query, key, value, window=window, **options), 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}])
+@pytest.mark.parametrize("window", [None, 5, 64, 100])
+def test_a_span_of_several_calls_is_one_softmax_per_row(options, window):
+    spans = (Span(0, 150, 0, 0), Span(150, 80, 0, 100), Span(230, 64, 0, 0))
+    tensors = [x.requires_grad_() for x in qkv(groups=2, rows=294)]
+    found = attention.attend(*tensors, Spans(spans=spans), window=window, **options)
+    expected = one_row_at_a_time(*tensors, spans=spans, window=window, **options)
+    assert_within(found, expected, 1e-12)
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weights).sum(), tensors)
+    for gradient, other in zip(gradients, torch.autograd.grad((expected * weights).sum(), tensors), strict=True):
+        assert_within(gradient, other, 1e-11)
+
+
+def test_long_spans_in_calls_of_512_rows_are_those_of_one_call(monkeypatch):
+    spans = (Span(0, 1100, 0, 0), Span(1100, 30, 0, 1000))
+    tensors = qkv(heads=2, groups=1, rows=1130)
+    for options in ({}, {"window": 300}, {"softcap": 2.0}):
+        found = attention.attend(*tensors, Spans(spans=spans), **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_rows_at_once", lambda length, *_: length)
+            assert_within(found, attention.attend(*tensors, Spans(spans=spans), **options), 1e-12)
 
 
 def test_the_softmax_with_sinks_is_in_fp32_for_bf16_inputs():

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_cases import MODELS, SHAPES, Row, llama, tokenizer_and_rows
+from step_cases import FROM_DATA, MODELS, SHAPES, Row, llama, tokenizer_and_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,7 +49,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="dpo_en_demo.json (ShareGPT style), for the rows called demo")
-    parser.add_argument("--rows", nargs="+", default=None, choices=["demo", *SHAPES])
+    parser.add_argument("--rows", nargs="+", default=None, choices=[*FROM_DATA, *SHAPES])
     parser.add_argument("--layouts", nargs="+", default=["auto"])
     parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not (compiled: four)")
     parser.add_argument("--threads", type=int, default=1)
@@ -262,6 +262,7 @@ def make_trainer(setting: dict[str, Any], model: Any, tokenizer: Any, rows: list
         report_to=[],
         save_strategy="no",
         use_cpu=not CUDA,
+        dataloader_drop_last=True,
         bf16=CUDA,
         disable_tqdm=True,
         seed=0,

@@ -28,6 +28,8 @@ MODELS = {
     },
 }
 """Llama's shapes: one for CPUs, one of half a billion parameters, one of eight."""
+FROM_DATA = ("demo", "demo-prompt-heavy")
+"""Rows of a file: all that fit, and of these the ones whose prompt is at least four times as long as its answers."""
 SHAPES = {"prompt-heavy": (640, 160), "answer-heavy": (64, 448)}
 """Mean tokens of prompts and of answers for made-up rows."""
 Row = dict[str, str]
@@ -57,7 +59,7 @@ def tokenizer_and_rows(setting: dict[str, Any]) -> tuple[Any, list[Row]]:
     """A byte-level BPE trained on the rows, and those rows that fit."""
     from transformers import PreTrainedTokenizerFast
 
-    if setting["rows"] == "demo":
+    if setting["rows"] in FROM_DATA:
         rows = demo_rows(Path(setting["data"]))
     else:
         # Half prompt and half answer where a length is asked for; 8 for BOS, EOS and what splits at a border.
@@ -68,11 +70,13 @@ def tokenizer_and_rows(setting: dict[str, Any]) -> tuple[Any, list[Row]]:
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10**6
     )
 
-    def length(row: Row) -> int:
+    def wanted(row: Row) -> bool:
         prompt, *answers = (len(tokenizer(row[key])["input_ids"]) for key in ("prompt", "chosen", "rejected"))
-        return prompt + max(answers) + 4  # BOS, EOS, and a token that splits at a border
+        if setting["rows"] == "demo-prompt-heavy" and prompt < 4 * sum(answers) / 2:
+            return False
+        return prompt + max(answers) + 4 <= setting["longest"]  # BOS, EOS, and a token that splits at a border
 
-    return tokenizer, [row for row in rows if length(row) <= setting["longest"]]
+    return tokenizer, [row for row in rows if wanted(row)]
 
 
 def train_tokenizer(texts: list[str]) -> Any:

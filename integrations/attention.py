@@ -231,7 +231,7 @@ def _rows_at_once(length: int, keys: Tensor, window: int | None, written_out: bo
     torch's kernel for CPUs scores causal rows against whole blocks of 512 keys, up to twice as many as they see.
     """
     if keys.device.type == "cpu" and keys.shape[2] <= 1024:
-        return 64
+        return 128
     return 512 if written_out or window is not None else length
 
 

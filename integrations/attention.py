@@ -55,8 +55,14 @@ def prepare(model: nn.Module) -> None:
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether spans given to `model` reach this module; a model that is not prepared would ignore them."""
-    config = getattr(unwrap_model(model), "config", None)
-    return str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
+    return str(_implementation(model)).startswith(PREFIX)
+
+
+def _implementation(model: nn.Module) -> str | None:
+    """The attention implementation of the text decoder."""
+    config: Any = getattr(unwrap_model(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "_attn_implementation", None)
 
 
 def configs(model: nn.Module) -> list[Any]:
@@ -69,8 +75,12 @@ def configs(model: nn.Module) -> list[Any]:
 def without_masks(model: nn.Module) -> Iterator[None]:
     """While entered, `model` builds no attention masks: spans say all that these would.  Prepares it where needed."""
     global _masks_off
+    prepare(model)  # every time: a part of it may have been given another implementation since
     if not is_prepared(model):
-        prepare(model)
+        raise ModelError(
+            f"{type(unwrap_model(model)).__name__} has the attention implementation {_implementation(model)!r}, which "
+            f"would not see {SPANS!r}; known are {', '.join(REPLACEABLE)}. Use one of them, or layout='padded'"
+        )
     before, _masks_off = _masks_off, True
     try:
         yield

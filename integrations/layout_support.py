@@ -181,11 +181,15 @@ def _in_encoder_of_other_inputs(name: str) -> bool:
     return any(part in name for part in ("vision", "visual", "audio", "image", "speech", "vqmodel", "projector"))
 
 
-@functools.cache
 def _calls(kind: Any) -> tuple[ast.Call, ...]:
     """Every call in the source of a class's forward (the one it has now: a patched one is another), or none."""
+    return _calls_in(kind.forward)
+
+
+@functools.cache
+def _calls_in(function: Any) -> tuple[ast.Call, ...]:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return ()
     return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))

@@ -120,7 +120,6 @@ class ORPOMethods:
             return
         if plugins.layout("padded").unsupported(model):
             return  # nothing to compare with
-        self._layout_is_checked = True
         pairs = collator.pairs(list(itertools.islice(self.train_dataset, 2)))  # type: ignore[attr-defined]
         report = check_layout(
             model,
@@ -137,6 +136,7 @@ class ORPOMethods:
             collator.layout = plugins.layout("padded")
         else:
             raise ModelError(report.message())
+        self._layout_is_checked = True  # last: after an error, another call of train() must not go on unchecked
 
     def compute_loss(
         self,

@@ -84,15 +84,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
         if processing_class is None:
             processing_class = load_tokenizer(example, args) if tokenizer is None else tokenizer
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if args.n_gpu > 1:
-            logger.warning(
-                "torch.nn.DataParallel cannot split ORPO's batches: training on one of %d GPUs. Launch with "
-                "`accelerate launch` or `torchrun` to use them all",
-                args.n_gpu,
-            )
-            args._n_gpu = 1
         args.remove_unused_columns = False
-        keep_batches_whole(args)
         check_batches(args, train_dataset)
         layout = announce(example, args)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
@@ -229,18 +221,6 @@ def load_tokenizer(model: nn.Module, args: ORPOConfig) -> Any:
         raise ConfigError("the model was not loaded from a path, so its tokenizer is unknown: pass processing_class")
     revision = args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-def keep_batches_whole(args: Any) -> None:
-    """Has each rank read its own rows of a stream; Accelerate's default would cut batches along their first dimension.
-
-    A batch of ours is a table over all of its rows, which no such cut respects.
-    """
-    if args.accelerator_config.dispatch_batches:
-        raise ConfigError(
-            "dispatch_batches=True cuts batches apart between ranks, which ORPO's cannot be: leave it out"
-        )
-    args.accelerator_config.dispatch_batches = False
 
 
 def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOptions:

@@ -74,6 +74,7 @@ class ORPOMethods:
                 f"label_smoothing_factor is {self.args.label_smoothing_factor}, and ORPO's loss smooths no labels: "
                 "leave it out"
             )
+        self._keep_batches_whole()
         self.orpo_options = options
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None
@@ -85,6 +86,27 @@ class ORPOMethods:
         self.model_accepts_loss_kwargs = scaled
         self.compute_loss_func = None
         keep_four_bit_trainable(self.model)  # type: ignore[attr-defined]
+
+    def _keep_batches_whole(self) -> None:
+        """Nobody may cut a batch along its first dimension: it has one table for all of its rows.
+
+        Accelerate would, where it reads a stream once for all ranks (its default, on one rank too), and so would
+        DataParallel, which the Trainer takes where one process sees several GPUs.
+        """
+        loading = self.accelerator.dataloader_config
+        if loading.dispatch_batches:
+            raise ConfigError(
+                "dispatch_batches=True cuts batches apart between ranks, which ORPO's cannot be: leave it out"
+            )
+        loading.dispatch_batches = False
+        if self.args.n_gpu > 1:
+            logger.warning(
+                "torch.nn.DataParallel cannot split ORPO's batches: training on one of %d GPUs. Launch with "
+                "`accelerate launch` or `torchrun` to use them all",
+                self.args.n_gpu,
+            )
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size  # which counted the GPUs
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Also counts the NLL tokens and pairs of the whole optimizer step, over all ranks, in one reduction."""

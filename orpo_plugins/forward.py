@@ -29,7 +29,7 @@ from orpo_plugins.head import (
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Layout, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.predictions import CUT, IGNORE_INDEX, Predictions
 
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
@@ -162,7 +162,13 @@ def predictions_of(batch: Mapping[str, Any]) -> Predictions:
         raise BatchError(
             f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels"
         )
-    return Predictions.from_table(batch["labels"], batch["shift_labels"].shape[0] // 2)
+    labels, targets = batch["labels"], batch["shift_labels"]
+    predictions = Predictions.from_table(labels, targets.shape[0] // 2)
+    # Whoever cuts batches makes all tensors as long as the first; only then are values looked at, which a device
+    # has to be waited for.
+    if labels.shape[0] == batch["input_ids"].shape[0] and predictions.in_nll.sum() != (targets != IGNORE_INDEX).sum():
+        raise BatchError(CUT)
+    return predictions
 
 
 def own_denominators(predictions: Predictions) -> Denominators:

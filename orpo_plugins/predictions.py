@@ -25,6 +25,12 @@ IN_ANSWER = 1
 IN_NLL = 2
 IN_DECODER = 4
 IGNORE_INDEX = -100
+CUT = (
+    "the batch has lost predictions: something cuts its tensors along their first dimension, as Accelerate does with "
+    "batches of streams. Set accelerator_config={'dispatch_batches': False}, or in a loop of your own "
+    "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))"
+)
+"""What to say of a batch that came out of its data loader incomplete."""
 
 
 def prompt_length(labels: Sequence[int]) -> int:
@@ -68,6 +74,9 @@ class Predictions:
                 "use ORPOCollator as the data collator"
             )
         rows, tokens, sequences, terms = table[:, :4].unbind(1)
+        # Two sequences a pair: a table cut to the length of padded inputs.  Every pair has lines, the last ones last.
+        if num_pairs == 0 or (len(table) == 2 * num_pairs and int(sequences[-1]) % num_pairs != num_pairs - 1):
+            raise BatchError(CUT)
         weights, margins = None, None
         if table.shape[1] == 5:
             weights, margins = table[:, 4:].contiguous().view(torch.float32).unbind(1)

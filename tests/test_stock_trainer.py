@@ -136,6 +136,52 @@ def test_the_nll_is_exact_under_accumulation_without_the_fused_head(tmp_path: Pa
     assert_within(change(cut), whole, 1e-5)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_streams_train_as_their_rows_do(layout: str, tmp_path: Path) -> None:
+    from_rows, streamed = stock(tmp_path, layout=layout), stock(tmp_path, layout=layout)
+    streamed.train_dataset = streamed.train_dataset.to_iterable_dataset()
+    streamed.eval_dataset = streamed.eval_dataset.to_iterable_dataset()
+    for trainer in (from_rows, streamed):
+        fuse_head(trainer).train()
+    assert losses(streamed) == losses(from_rows)
+    assert streamed.evaluate()["eval_loss"] == from_rows.evaluate()["eval_loss"]
+
+
+def test_batches_of_a_stream_that_accelerate_has_cut_are_refused(tmp_path: Path) -> None:
+    alone = stock(tmp_path)
+    alone.train_dataset = alone.train_dataset.to_iterable_dataset()
+    with pytest.raises(errors.BatchError, match="'dispatch_batches': False"):
+        alone.train()
+    whole = stock(tmp_path, accelerator_config={"dispatch_batches": False})
+    whole.train_dataset = whole.train_dataset.to_iterable_dataset()
+    whole.train()
+    expected = stock(tmp_path)
+    expected.train()
+    assert losses(whole) == losses(expected)
+    with pytest.raises(errors.ConfigError, match="dispatch_batches=True"):
+        fuse_head(stock(tmp_path, accelerator_config={"dispatch_batches": True}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loop_of_ones_own_refuses_what_accelerate_has_cut(layout: str) -> None:
+    batch = ORPOCollator(tiny.tokenizer(), max_length=512, layout=layout)(tiny.rows(4))
+    cut = {
+        key: value[: len(batch["input_ids"])] if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+    with pytest.raises(errors.BatchError, match="lost predictions"):
+        orpo_forward(tiny.model(), cut)
+
+
+def test_one_process_that_sees_several_gpus_trains_on_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = stock(tmp_path)
+    trainer.args._n_gpu = 2
+    fuse_head(trainer)
+    assert trainer.args.n_gpu == 1
+    assert "training on one of 2 GPUs" in caplog.text
+    trainer.train()
+    assert trainer.model_wrapped is trainer.model
+
+
 def test_fuse_head_wants_our_loss_and_collator(tmp_path: Path) -> None:
     trainer = stock(tmp_path, loss=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum())
     with pytest.raises(errors.ConfigError, match=r"build it with\s+compute_loss_func=ORPOLoss"):

@@ -22,6 +22,7 @@ from orpo_plugins.forward import (
     forward_with_options,
     own_denominators,
     predictions_of,
+    router_coefficient,
 )
 from orpo_plugins.head import keep_four_bit_trainable
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
@@ -238,8 +239,7 @@ class ORPOMethods:
         return output
 
     def _router_share(self, figures: dict[str, float]) -> float:
-        coefficient = getattr(self.model.config, "router_aux_loss_coef", 0.0)  # type: ignore[attr-defined]
-        return float(coefficient * figures.get("aux_loss", 0.0))
+        return router_coefficient(self.model) * figures["aux_loss"] if "aux_loss" in figures else 0.0  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last training log; evaluation brings its own."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_plugins import plugins
-from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.head import (
     config_of,
     final_bias_taken_out,
@@ -24,6 +24,7 @@ from orpo_plugins.head import (
     logits_of,
     output_head,
     replaced_forward,
+    text_config_of,
     unwrap_model,
 )
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Layout, Objective
@@ -374,11 +375,29 @@ def add_router_loss(
     output: ORPOOutput, outputs: Any, model: nn.Module, predictions: Predictions, totals: Denominators
 ) -> ORPOOutput:
     """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's rows."""
-    config = config_of(model)
-    aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-    if aux_loss is None or not getattr(config, "output_router_logits", False):
+    text = text_config_of(model)
+    if not any(getattr(config, "output_router_logits", False) for config in (config_of(model), text)):
         return output
-    weight = getattr(config, "router_aux_loss_coef", 0.0) * (predictions.pair_weights().sum() / totals.num_rows)
+    aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+    if aux_loss is None:
+        raise ModelError(
+            f"output_router_logits is set, but {type(unwrap_model(model)).__name__} returns no aux_loss, so that its "
+            "routers' share of the loss would be left out: set output_router_logits=False"
+        )
+    weight = router_coefficient(model) * (predictions.pair_weights().sum() / totals.num_rows)
     return replace(
         output, loss=output.loss + weight * aux_loss, figures={**output.figures, "aux_loss": aux_loss.detach()}
+    )
+
+
+def router_coefficient(model: nn.Module) -> float:
+    """What the model itself multiplies its routers' loss by."""
+    # Most have it in the configuration; the rest (Dbrx) only as their own attribute, read when they were made.
+    for holder in (text_config_of(model), unwrap_model(model)):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if getattr(holder, name, None) is not None:
+                return float(getattr(holder, name))
+    raise ModelError(
+        f"nothing in {type(unwrap_model(model)).__name__} says what its aux_loss is multiplied by: set "
+        "model.config.router_aux_loss_coef, or output_router_logits=False"
     )

@@ -46,6 +46,12 @@ def config_of(model: nn.Module) -> Any:
     return getattr(unwrap_model(model), "config", None)
 
 
+def text_config_of(model: nn.Module) -> Any:
+    """That of its language model, where it takes images or sound too."""
+    config = config_of(model)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads prompts with an encoder of their own, as T5 and BART do."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))

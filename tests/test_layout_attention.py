@@ -1,6 +1,7 @@
 """The span attention against one softmax per row, and inside models: windows, soft-caps, sinks, checkpointing."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import assert_all_within, assert_within
 
 from orpo_plugins import plugins
 from orpo_plugins.errors import ModelError
-from orpo_plugins.forward import orpo_forward
+from orpo_plugins.forward import orpo_forward, router_coefficient
 from orpo_plugins.integrations import attention, layout_support
 from orpo_plugins.interfaces import Pair, TokenSequence
 from orpo_plugins.packing import Span, Spans
@@ -402,3 +403,32 @@ def test_a_routers_auxiliary_loss_is_that_of_padded_when_packed_and_near_it_when
     found = {name: orpo_forward(made, batch).figures["aux_loss"] for name, batch in batches.items()}
     assert_within(found["packed"], found["padded"], 1e-6)
     assert_within(found["shared"], found["padded"], 1e-2)
+
+
+def test_a_routers_loss_weighs_what_the_model_says():
+    made = model("Mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5).eval()
+    batch = plugins.layout("padded").collate(random_pairs(), pad_token_id=0, nll_over="sequence")
+    found = orpo_forward(made, batch)
+    made.config.output_router_logits = False
+    assert_within(found.loss - orpo_forward(made, batch).loss, 0.5 * found.figures["aux_loss"], 1e-4)
+
+
+def test_the_weight_of_a_routers_loss_is_found_wherever_a_model_has_it():
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    assert router_coefficient(model("JetMoe", aux_loss_coef=0.5, **experts)) == 0.5
+    with_images = model()
+    with_images.config.get_text_config = lambda: SimpleNamespace(router_aux_loss_coef=0.25)
+    assert router_coefficient(with_images) == 0.25
+    as_dbrx_has_it = model()
+    as_dbrx_has_it.router_aux_loss_coef = 0.125
+    assert router_coefficient(as_dbrx_has_it) == 0.125
+    with pytest.raises(ModelError, match="router_aux_loss_coef"):
+        router_coefficient(model())
+
+
+def test_routers_whose_loss_the_model_does_not_return_are_refused():
+    dense = model()
+    dense.config.output_router_logits = True
+    batch = plugins.layout("padded").collate(random_pairs(), pad_token_id=0, nll_over="sequence")
+    with pytest.raises(ModelError, match="returns no aux_loss"):
+        orpo_forward(dense, batch)

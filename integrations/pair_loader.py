@@ -29,16 +29,13 @@ Widths = list[int] | list[tuple[int, ...]]
 
 
 def check_batches(args: Any, dataset: Any) -> None:
-    """Raises `ConfigError` where the arguments ask for batches by tokens that cannot be made."""
+    """Raises `ConfigError` where the arguments ask for batches by tokens or by length that cannot be made."""
     limit = getattr(args, "max_tokens_per_batch", None)
     check_batch_options(limit, getattr(args, "step_strategy", "pairs"))
+    if dataset is not None and not has_length(dataset):
+        _check_stream(args, limit)
     if limit is None:
         return
-    if dataset is not None and not has_length(dataset):
-        raise ConfigError(
-            f"max_tokens_per_batch={limit} needs the length of every row before training, and the training set is a "
-            "stream: load it whole (without streaming=True), or leave max_tokens_per_batch out"
-        )
     if args.auto_find_batch_size:
         raise ConfigError(
             f"auto_find_batch_size looks for the pairs that fit, and max_tokens_per_batch={limit} says the tokens that "
@@ -51,20 +48,36 @@ def check_batches(args: Any, dataset: Any) -> None:
         )
 
 
+def _check_stream(args: Any, limit: int | None) -> None:
+    """Raises `ConfigError` for what needs the length of every row; transformers takes a stream's rows as they come."""
+    for name, value, asked in (
+        ("max_tokens_per_batch", limit, limit is not None),
+        ("train_sampling_strategy", "group_by_length", args.train_sampling_strategy == "group_by_length"),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{name}={value!r} needs the length of every row before training, and the training set is a stream: "
+                f"load it whole (without streaming=True), or leave {name} out"
+            )
+
+
 def pair_batches(trainer: Any) -> PairBatches | None:
     """The batches that the arguments ask for; None where the Trainer's own sampler makes them.
 
-    That is without `max_tokens_per_batch` and length-grouping, for streams, and for rows whose length is not known.
+    That is without `max_tokens_per_batch` and length-grouping, and for rows whose length is not known.
 
     Raises:
-        ConfigError: a row, or the pairs of a step, do not fit into `max_tokens_per_batch`.
+        ConfigError: a row, or the pairs of a step, do not fit into `max_tokens_per_batch`; a stream.
     """
     args, dataset = trainer.args, trainer.train_dataset
     limit = getattr(args, "max_tokens_per_batch", None)
     grouped = args.train_sampling_strategy == "group_by_length"
+    if not has_length(dataset):
+        _check_stream(args, limit)
+        return None
     if limit is None and not (grouped and not args.accelerator_config.split_batches):
         return None
-    if not has_length(dataset) or not _is_tokenized(dataset):
+    if not _is_tokenized(dataset):
         if limit is not None:
             raise ConfigError(
                 f"max_tokens_per_batch={limit} needs the length of every row, and the training set is not what the "

@@ -21,7 +21,6 @@ _HOME = {
     "orpo_loss": "orpo_plugins.objective",
     "setup_chat_format": "orpo_plugins.chat_format",
 }
-__all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -41,12 +40,26 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return _loadable()
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
 
+def _loadable() -> list[str]:
+    """What `import *` takes, and loads anyway: a framework that is absent must not cost the names that need another."""
+    names = []
+    for name in __dir__():
+        try:
+            __getattr__(name)
+        except ImportError:
+            continue  # `from orpo_plugins import` that name says what to install
+        names.append(name)
+    return names
+
+
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_HOME)

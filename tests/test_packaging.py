@@ -10,6 +10,8 @@ import pytest
 import orpo_plugins
 
 ROOT = Path(__file__).parents[1]
+NEEDS_AXOLOTL = {"ORPOPlugin"} if importlib.util.find_spec("axolotl") is None else set()
+"""Public names that cannot be loaded here."""
 
 
 @pytest.mark.parametrize("folder", ["kernels", "integrations"])
@@ -46,10 +48,27 @@ def test_every_public_name_is_there_and_documented() -> None:
         "orpo_loss",
         "setup_chat_format",
     }
-    assert set(orpo_plugins.__all__) == contract
-    needs_axolotl = {"ORPOPlugin"} if importlib.util.find_spec("axolotl") is None else set()
-    for name in contract - needs_axolotl:
+    assert set(dir(orpo_plugins)) == contract
+    for name in contract - NEEDS_AXOLOTL:
         assert getattr(orpo_plugins, name).__doc__, name
+
+
+@pytest.mark.parametrize("absent", [None, "axolotl"])
+def test_a_star_import_leaves_out_what_needs_an_absent_framework(absent: str | None) -> None:
+    # An entry of None in sys.modules is what Python takes for a package that is not installed.
+    code = (
+        f"import sys; sys.modules.update({dict.fromkeys([absent] if absent else [])}); from orpo_plugins import *\n"
+        "import orpo_plugins; print(*sorted(set(dir(orpo_plugins)) - globals().keys()))\n"
+        "try: from orpo_plugins import ORPOPlugin\n"
+        "except ImportError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    if absent or NEEDS_AXOLOTL:
+        assert run.stdout == (
+            "ORPOPlugin\nthis needs axolotl, which is not installed: pip install 'orpo-plugins[axolotl]'\n"
+        )
+    else:
+        assert run.stdout == "\n"
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -270,6 +270,29 @@ def test_what_batches_by_tokens_cannot_go_with_is_named(options: dict[str, Any],
         trainer(tmp_path, max_tokens_per_batch=LIMIT, **options)
 
 
+def test_a_stream_cannot_be_grouped_by_length(tmp_path: Path) -> None:
+    message = "train_sampling_strategy='group_by_length' needs the length of every row .* is a stream: load it whole"
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, rows=stream, train_sampling_strategy="group_by_length")
+    # A stock Trainer's rows are looked at where its batches are made.
+    stock = Trainer(
+        model=tiny.model(),
+        args=TrainingArguments(
+            **ARGUMENTS,
+            output_dir=str(tmp_path),
+            max_steps=1,
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+        ),
+        train_dataset=stream,
+        data_collator=ORPOCollator(tiny.tokenizer(), max_length=512),
+        compute_loss_func=ORPOLoss(),
+    )
+    with pytest.raises(ConfigError, match=message):
+        fuse_head(stock).train()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers.trainer_utils import has_length
 
 from orpo_plugins import plugins
 from orpo_plugins.collator import ORPOCollator
@@ -79,6 +81,7 @@ class ORPOMethods:
         self.orpo_options = options
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None
+        self._of_the_last_pass: list[Any] = []
         self._layout_is_checked = not getattr(self.args, "layout_check", True)
         # Who divides by the number of micro-batches: for "microbatch" the Trainer, else our denominators have done it.
         # transformers reads loss_is_scaled_for_ga since 5.19 and model_accepts_loss_kwargs (with a token count) before.
@@ -110,10 +113,24 @@ class ORPOMethods:
             self._train_batch_size = self.args.train_batch_size  # which counted the GPUs
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Also counts the NLL tokens and pairs of the whole optimizer step, over all ranks, in one reduction."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        if not batches:
-            return batches, None
+        """Also counts the NLL tokens and pairs of the whole optimizer step, over all ranks, in one reduction.
+
+        Where a stream ends inside a step, its next pass fills the step up.  The Trainer takes no step there: it would
+        add the gradient of those batches, normalized as a step of their own, to the next step's.
+
+        Raises `ConfigError` for a stream that ends inside the first step: no step would ever be taken.
+        """
+        batches, self._of_the_last_pass = self._of_the_last_pass, []
+        more, _ = super().get_batch_samples(epoch_iterator, num_batches - len(batches), device)  # type: ignore[misc]
+        batches = [*batches, *more]
+        if len(batches) < num_batches:
+            if batches and not self.state.global_step:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"the training set, a stream, ends after {len(batches)} batches, and gradient_accumulation_steps "
+                    f"is {num_batches}: lower it or the batch size, or load the set whole (without streaming=True)"
+                )
+            self._of_the_last_pass = batches
+            return [], None
         counts = torch.stack([counts_of(predictions_of(batch)) for batch in batches]).sum(0).to(device)
         # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
         totals = self.accelerator.reduce(counts, reduction="mean")
@@ -126,12 +143,19 @@ class ORPOMethods:
         Checks the layout first, where the model is whole: what a pair costs depends on it, and a loader's workers take
         it along.
         """
+        self._of_the_last_pass = []  # of a run that was interrupted
         if self.train_dataset is None:  # type: ignore[attr-defined]
             return super().get_train_dataloader()  # type: ignore[misc]  # which says that one is needed
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
             self._check_layout(self.model, may_fall_back=getattr(self.args, "layout", None) == "auto")  # type: ignore[attr-defined]
         batches = pair_batches(self)
         return super().get_train_dataloader() if batches is None else loader(self, batches)  # type: ignore[misc]
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """The set's own order; grouped by length with the training set, predictions would not stand in the rows'."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def _check_layout(self, model: nn.Module, *, may_fall_back: bool) -> None:
         """Two rows through the layout and through *padded*, once per run.

@@ -155,6 +155,15 @@ def test_grouping_by_length_saves_padding(tmp_path: Path) -> None:
     assert sum(grouped.tokens) < 0.75 * sum(plain.tokens)
 
 
+def test_predictions_stand_in_the_rows_order_where_training_groups_by_length(tmp_path: Path) -> None:
+    rows = Dataset.from_list(ROWS[:10])
+    predictions = []
+    for sampling in ("random", "group_by_length"):
+        made = trainer(tmp_path, train_sampling_strategy=sampling, eval_dataset=rows, max_length=512)
+        predictions.append(torch.as_tensor(made.predict(made.eval_dataset).predictions))
+    assert_within(predictions[1], predictions[0], 1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [

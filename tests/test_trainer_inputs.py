@@ -104,6 +104,29 @@ def test_a_stream_and_a_list_take_the_same_steps_in_order(tmp_path: Path) -> Non
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("normalization", ["batch", "microbatch"])
+def test_a_streams_next_pass_fills_up_the_step_inside_which_it_ended(normalization: str, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 5,
+        "nll_normalization": normalization,
+    }
+    # Three passes over five rows are five steps of three.
+    streamed = trainer(tmp_path, rows=ROWS["stream"](tiny.rows(5)), **shared)
+    streamed.train()
+    whole = trainer(tmp_path, rows=tiny.rows(5) * 3, train_sampling_strategy="sequential", **shared)
+    whole.train()
+    for key in ("loss", "nll_loss", "grad_norm"):
+        assert logged(streamed, key) == pytest.approx(logged(whole, key), rel=1e-6)
+
+
+def test_a_stream_that_ends_inside_the_first_step_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, rows=ROWS["stream"](tiny.rows(5)), gradient_accumulation_steps=8)
+    with pytest.raises(errors.ConfigError, match="ends after 3 batches, and gradient_accumulation_steps is 8: lower"):
+        made.train()
+
+
 def test_several_evaluation_sets_are_reported_by_name(tmp_path: Path) -> None:
     sets = {"short": Dataset.from_list(tiny.rows(4)), "long": Dataset.from_list(tiny.rows(4, longest=40))}
     made = trainer(tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=3)

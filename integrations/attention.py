@@ -14,7 +14,8 @@ because gradient checkpointing runs the layers again during the backward pass.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orpo_plugins.errors import ModelError
+from orpo_plugins.forward import attention_implementation
 from orpo_plugins.head import unwrap_model
 from orpo_plugins.packing import SPANS, Span, Spans
 
@@ -37,49 +39,64 @@ REPLACEABLE = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash
 NOT_UNDERSTOOD = ("position_bias", "indices", "block_indices", "sinks")
 """Keywords by which layers change their scores in ways that no span attention here computes."""
 
+_with_config: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]" = weakref.WeakKeyDictionary()
+"""Of every prepared model, the modules that read their attention implementation from a configuration."""
 _masks_off = False  # a plain global, since torch.compile can guard on one and cannot read a ContextVar
 
 
 def prepare(model: nn.Module) -> None:
     """Puts the span attention in front of the attention implementation of `model` and of all its submodules."""
-    for config in configs(model):
-        original = config._attn_implementation
+    inner = unwrap_model(model)
+    modules = [module for module in inner.modules() if _reads_config(module)]
+    _with_config[inner] = [weakref.ref(module) for module in modules]
+    _prepare_each(modules)
+
+
+def _prepare_again(model: nn.Module) -> None:
+    """`prepare`, without a walk over all modules where it has been called before: adapters multiply them."""
+    modules = [module() for module in _with_config.get(unwrap_model(model), ())]
+    if not modules or None in modules:
+        prepare(model)
+    else:
+        _prepare_each(modules)
+
+
+def _prepare_each(modules: Iterable[Any]) -> None:
+    for module in modules:
+        original = module.config._attn_implementation
         if original not in REPLACEABLE:
             continue
         name = PREFIX + original
         AttentionInterface.register(name, functools.partial(span_attention, original=original))
         AttentionMaskInterface.register(name, functools.partial(mask, original=original))
         # Not `set_attn_implementation`: it would check for the hardware again, and import flash-attn for its name.
-        config._attn_implementation_internal = name
+        module.config._attn_implementation_internal = name
 
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether spans given to `model` reach this module; a model that is not prepared would ignore them."""
-    return str(_implementation(model)).startswith(PREFIX)
-
-
-def _implementation(model: nn.Module) -> str | None:
-    """The attention implementation of the text decoder."""
-    config: Any = getattr(unwrap_model(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "_attn_implementation", None)
+    return str(attention_implementation(model)).startswith(PREFIX)
 
 
 def configs(model: nn.Module) -> list[Any]:
     """Every transformers configuration that a submodule of `model` reads its attention implementation from."""
-    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
-    return list(found.values())
+    return list({id(m.config): m.config for m in model.modules() if _reads_config(m)}.values())
+
+
+def _reads_config(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "_attn_implementation")
 
 
 @contextmanager
 def without_masks(model: nn.Module) -> Iterator[None]:
     """While entered, `model` builds no attention masks: spans say all that these would.  Prepares it where needed."""
     global _masks_off
-    prepare(model)  # every time: a part of it may have been given another implementation since
+    _prepare_again(model)  # every time: a part of it may have been given another implementation since
     if not is_prepared(model):
+        name = attention_implementation(model)
         raise ModelError(
-            f"{type(unwrap_model(model)).__name__} has the attention implementation {_implementation(model)!r}, which "
-            f"would not see {SPANS!r}; known are {', '.join(REPLACEABLE)}. Use one of them, or layout='padded'"
+            f"{type(unwrap_model(model)).__name__} has the attention implementation {name!r}, which would not see "
+            f"{SPANS!r}; known are {', '.join(REPLACEABLE)}. Use one of them, or layout='padded'"
         )
     before, _masks_off = _masks_off, True
     try:

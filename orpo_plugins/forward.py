@@ -5,6 +5,7 @@ out.loss.backward()
 """
 
 import functools
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ from orpo_plugins.predictions import CUT, IGNORE_INDEX, Predictions
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+_supported: "weakref.WeakKeyDictionary[nn.Module, set[tuple[str, str | None]]]" = weakref.WeakKeyDictionary()
+"""Of every model, the layouts that it was found to run, each with the attention implementation it had then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,8 @@ def orpo_forward(
     Raises:
         BatchError: a batch that does not come from `ORPOCollator`.
         ConfigError: an unknown kernel, term or normalization.
-        ModelError: a head that cannot be fused; the message says what to do.
+        ModelError: a head that cannot be fused, or a model that cannot run in the batch's layout; the message says what
+            to do.
     """
     options = ORPOOptions(
         beta=beta,
@@ -198,6 +202,8 @@ def forward_with_options(
             f"{type(unwrap_model(model)).__name__} is an encoder-decoder model, but the batch has no inputs for its "
             "decoder: make it with ORPOCollator(..., layout='seq2seq')"
         )
+    if layout is not None:
+        check_support(model, layout)
     run = run_reference if options.kernel == "reference" else run_fused
     if run is run_fused:
         head_options(model, inputs["input_ids"])  # its probe is a pass without the layout's inputs: not in its context
@@ -227,6 +233,28 @@ def layout_of(inputs: Mapping[str, Any]) -> Layout | None:
     return next(
         (layout for layout in plugins.layouts() if layout.keyword is not None and layout.keyword in inputs), None
     )
+
+
+def check_support(model: nn.Module, layout: Layout) -> None:
+    """Raises `ModelError` for a model that cannot run in a batch's layout.
+
+    Asks once per model and layout, and again where the attention implementation is another one since.
+    """
+    supported = _supported.setdefault(model, set())
+    asked = (layout.name, attention_implementation(model))
+    if asked in supported:
+        return
+    if reason := layout.unsupported(model):
+        kind = type(unwrap_model(model)).__name__
+        raise ModelError(f"{kind} cannot run in the layout of this batch: {reason}. Use layout='padded'")
+    supported.add(asked)
+
+
+def attention_implementation(model: nn.Module) -> str | None:
+    """The name of the attention implementation that the text decoder has now; None where it has none."""
+    config = config_of(model)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "_attn_implementation", None)
 
 
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:

@@ -54,7 +54,8 @@ class Spans:
     def derived(self, key: Any, make: Callable[[], Any]) -> Any:
         """The cached value for `key`, made on first use."""
         if key not in self.cache:
-            self.cache[key] = make()
+            with torch.inference_mode(False):  # what is made in that mode could not be used for training any more
+                self.cache[key] = make()
         return self.cache[key]
 
 

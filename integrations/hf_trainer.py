@@ -86,7 +86,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         args.remove_unused_columns = False
         check_batches(args, train_dataset)
-        layout = announce(example, args)
+        layout = announce(example, args, data_collator)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
         if train_dataset is not None:
             with args.main_process_first(desc="tokenizing the training set"):
@@ -260,9 +260,20 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
     )
 
 
-def announce(model: nn.Module, args: Any) -> str:
-    """Chooses the layout, and says once which kernel and layout are active and why; returns the layout's name."""
-    layout, passed_over = best_layout(args.layout, model)
+def announce(model: nn.Module, args: Any, data_collator: Any = None) -> str:
+    """Chooses the layout, and says once which kernel and layout are active and why; returns the layout's name.
+
+    A collator of the user's own has chosen already.
+    """
+    if isinstance(data_collator, ORPOCollator):
+        layout, passed_over = data_collator.layout, dict[str, str]()
+        if reason := layout.unsupported(model):
+            raise ConfigError(
+                f"data_collator has the layout {layout.name!r}, which cannot be used here: {reason}. Leave "
+                "data_collator out, and the trainer takes a layout that can"
+            )
+    else:
+        layout, passed_over = best_layout(args.layout, model)
     device = torch.device(args.device)
     reasons = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
     logger.warning(

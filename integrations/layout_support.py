@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from orpo_plugins.head import _is_encoder_only, unwrap_model
+from orpo_plugins.head import _is_encoder_only, text_config_of, unwrap_model
 from orpo_plugins.integrations.attention import NOT_UNDERSTOOD, PREFIX, REPLACEABLE, configs
 
 FAMILIES = {
@@ -48,7 +48,7 @@ def _reasons(model: nn.Module, inner: nn.Module) -> Iterator[str | None]:
     yield _adapter(model)
     yield _architecture(inner)
     yield _implementation(inner)
-    yield unsupported_layer_types(_text_config(inner))
+    yield unsupported_layer_types(text_config_of(inner))
     yield from (_module(name, module) for name, module in inner.named_modules())
     yield _attention_classes(inner)
 
@@ -77,7 +77,7 @@ def _architecture(inner: nn.Module) -> str | None:
         return f"{type(inner).__name__} attends in both directions unless its configuration says is_decoder"
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
-    text = config.get_text_config()
+    text = text_config_of(inner)
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "it attends in both directions"
     if getattr(text, "alibi", False) or getattr(text, "use_alibi", False):
@@ -96,8 +96,8 @@ def _implementation(inner: nn.Module) -> str | None:
                 f"its attention implementation {original!r} may mean something else than softmax attention; "
                 f"known are {', '.join(REPLACEABLE)}"
             )
-    softcap = getattr(_text_config(inner), "attn_logit_softcapping", None)
-    if softcap and str(_text_config(inner)._attn_implementation).removeprefix(PREFIX) == "sdpa":
+    softcap = getattr(text_config_of(inner), "attn_logit_softcapping", None)
+    if softcap and str(text_config_of(inner)._attn_implementation).removeprefix(PREFIX) == "sdpa":
         return "its attention is soft-capped, which 'sdpa' leaves out: load it with attn_implementation='eager'"
     return None
 
@@ -130,7 +130,7 @@ def _attention_classes(inner: nn.Module) -> str | None:
     layers = decoder_layers(inner)
     if not layers:
         return f"{type(inner).__name__} has no list of decoder layers"
-    window = _has_window(_text_config(inner))
+    window = _has_window(text_config_of(inner))
     for index, layer in enumerate(map(_without_wrappers, layers)):
         if reason := next((r for m in layer.modules() if (r := _replaced(layer, m))), None):
             return f"{reason} (layer {index})"
@@ -214,11 +214,6 @@ def decoder_layers(inner: nn.Module) -> list[nn.Module]:
     # Experts are lists too, but inside a layer; the outermost list comes first among equals of `named_modules`.
     outer = [m for m in lists if not any(m is not o and any(m is x for x in o.modules()) for o in lists)]
     return list(max(outer, key=len, default=[]))
-
-
-def _text_config(inner: nn.Module) -> Any:
-    config: Any = inner.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _in_encoder_of_other_inputs(name: str) -> bool:

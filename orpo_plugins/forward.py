@@ -252,9 +252,7 @@ def check_support(model: nn.Module, layout: Layout) -> None:
 
 def attention_implementation(model: nn.Module) -> str | None:
     """The name of the attention implementation that the text decoder has now; None where it has none."""
-    config = config_of(model)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "_attn_implementation", None)
+    return getattr(text_config_of(model), "_attn_implementation", None)
 
 
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:

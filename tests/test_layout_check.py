@@ -53,6 +53,103 @@ def test_the_layer_type_is_named_where_the_configuration_knows_it():
     assert report.first_layer == "model.layers.0 (Qwen3DecoderLayer, full_attention)"
 
 
+MIXTURES = {
+    "GptOss": {"num_hidden_layers": 24, "hidden_size": 64, "sliding_window": 16, "num_local_experts": 8},
+    "Mixtral": {"num_hidden_layers": 24, "hidden_size": 64, "num_local_experts": 8},
+}
+
+
+def mixture(name):
+    """A random mixture of experts in bf16, of which rounding makes another one within two dozen layers."""
+    made = model(name, "eager", num_experts_per_tok=2, **MIXTURES[name])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    return made.bfloat16()
+
+
+LONG = random_pairs(((60, 25, 40), (12, 90, 30)))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_rounding_that_moves_routers_is_told_from_a_wrong_layout_layer_by_layer(name):
+    report = check_layout(mixture(name), LONG, plugins.layout("shared"), pad_token_id=0)
+    assert report.row_difference > report.tolerance
+    assert report.layer_difference < 0.02
+    assert report.passed
+    assert "with the inputs of 'padded', no layer differs by more than" in report.message()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_wrong_layout_of_a_mixture_fails_in_bf16(name):
+    report = check_layout(mixture(name), LONG, without_context(plugins.layout("shared")), pad_token_id=0)
+    assert not report.passed
+    assert report.layer_difference > 0.05
+    assert "DecoderLayer" in report.first_layer
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_late_layer_that_carries_a_state_fails_in_bf16_and_is_the_one_named(name):
+    made = mixture(name)
+
+    def carry(module, inputs, outputs):
+        """Half of what stood in the row before, as a convolution would have it."""
+        hidden = outputs[0]
+        return hidden + 0.5 * hidden.roll(1, dims=1), *outputs[1:]
+
+    made.model.layers[10].self_attn.register_forward_hook(carry)
+    # Short sequences: each begins anew in one row in ten at least.
+    pairs = random_pairs(((1, 3, 3),) * 8)
+    report = check_layout(made, pairs, plugins.layout("shared"), pad_token_id=0)
+    assert not report.passed
+    assert report.first_layer.startswith("model.layers.10 ")
+
+
+def test_a_quiet_first_comparison_takes_no_further_passes():
+    report = check_layout(model().bfloat16(), random_pairs(), plugins.layout("shared"), pad_token_id=0)
+    assert report.passed
+    assert report.layer_difference is None
+
+
+def test_in_fp32_right_layers_do_not_excuse_a_wrong_whole():
+    report = LayoutReport(
+        layout="x", dtype=torch.float32, row_difference=0.3, loss_difference=0.0, tolerance=1e-4, layer_difference=1e-7
+    )
+    assert not report.passed
+    assert replace(report, dtype=torch.bfloat16, tolerance=8e-2).passed
+    assert not replace(report, dtype=torch.bfloat16, tolerance=8e-2, row_difference=float("nan")).passed
+
+
+def test_the_coarsest_dtype_that_computes_sets_the_tolerance():
+    shared, fp32 = plugins.layout("shared"), model()
+    assert check_layout(fp32, random_pairs(), shared, pad_token_id=0).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_layout(fp32, random_pairs(), shared, pad_token_id=0).dtype == torch.bfloat16
+        norms_in_fp32 = model().bfloat16()
+        for name, parameter in norms_in_fp32.named_parameters():
+            if "norm" in name:
+                parameter.data = parameter.data.float()
+        report = check_layout(norms_in_fp32, random_pairs(), shared, pad_token_id=0)
+    assert report.dtype == torch.bfloat16
+    assert report.passed
+
+
+def test_on_several_ranks_all_look_at_layers_where_one_differs():
+    asked = []
+
+    def another_differs(value):
+        asked.append(value)
+        return True
+
+    report = check_layout(
+        model(), random_pairs(), plugins.layout("shared"), pad_token_id=0, on_any_rank=another_differs
+    )
+    assert asked == [False]
+    assert report.layer_difference < 1e-5
+    assert report.first_layer is None
+
+
 def test_the_check_leaves_modes_and_gradients_as_they_were():
     made = model().train()
     made.model.layers[1].eval()

@@ -39,6 +39,9 @@ class ORPOInputArgs(BaseModel):
     orpo_layout: str | None = Field(
         default=None, description="How pairs are laid out: auto, padded, packed, shared, or a plugin's name."
     )
+    orpo_layout_check: bool | None = Field(
+        default=None, description="Whether the layout is compared with padded on two pairs before training (true)."
+    )
     orpo_nll_over: str | None = Field(
         default=None, description="NLL over prompt and chosen answer (sequence) or the chosen answer (completion)."
     )

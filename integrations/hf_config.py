@@ -76,7 +76,7 @@ class ORPOOwnFields:
         },
     )
     layout_check: bool = field(
-        default=True, metadata={"help": "Compare the layout with padded on two rows before training."}
+        default=True, metadata={"help": "Compare the layout with padded on two pairs before training."}
     )
     loss_terms: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Per-pair terms of plugins to add, as {name: weight}."}

@@ -111,7 +111,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.set_up_orpo(args.options())
+        self.set_up_orpo(args.options(), layout_check=args.layout_check)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
 

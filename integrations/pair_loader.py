@@ -7,6 +7,7 @@ have not.  So each rank makes its own share, and Accelerate prepares the loader 
 import functools
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from orpo_plugins.tokenized_rows import COLUMNS
 
 logger = logging.getLogger(__name__)
 
+_COUNTED_ROWS = 10_000
+"""Of more rows, the tokens of an epoch are estimated."""
 _ROWS_AT_ONCE = 1000
 """Tokens of so many rows are in memory together."""
 
@@ -173,13 +176,13 @@ def _tell(batches: PairBatches, trainer: Any) -> None:
 # ---- what a row costs
 
 
-def sizes(dataset: Any, collator: Any) -> tuple[Widths, bool]:
-    """(`PairBatches.lengths`, `PairBatches.padded`) of a tokenized dataset under the collator's layout.
+def sizes(dataset: Any, collator: Any, layout: str | None = None) -> tuple[Widths, bool]:
+    """(`PairBatches.lengths`, `PairBatches.padded`) of a tokenized dataset under the collator's layout, or another.
 
     A layout that is none of ours is taken for *padded*, which needs the most.
     """
     ours = isinstance(collator, ORPOCollator)
-    layout = collator.layout.name if ours else "padded"
+    layout = layout or (collator.layout.name if ours else "padded")
     multiple = (ours and collator.pad_to_multiple_of) or 1
     padded = layout not in ("packed", "shared")
     widths: list[Any] = []
@@ -198,6 +201,49 @@ def sizes(dataset: Any, collator: Any) -> tuple[Widths, bool]:
             longest = np.maximum(_lengths(chosen), _lengths(rejected))
             widths += (-(-longest // multiple) * multiple).tolist()
     return widths, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochTokens:
+    """What one epoch costs, on all ranks together."""
+
+    computed: int
+    """Tokens that the model computes in the collator's layout."""
+    distinct: int
+    """Tokens of the same that are no padding."""
+    padded: int
+    """Tokens as *padded* in batches of the trainer's number of pairs, sampled as its are."""
+    exact: bool
+    """False where only some rows have been counted."""
+
+
+def epoch_tokens(trainer: Any) -> EpochTokens | None:
+    """Counted from the columns, of a large dataset from every nth row; None where the rows are not tokenized."""
+    args, rows, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+    if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
+        return None  # a stream, or a dataset that may make its rows anew each time they are read
+    if not _is_tokenized(rows):
+        return None
+    total = len(rows)
+    if total > _COUNTED_ROWS:
+        picked = range(0, total, -(-total // _COUNTED_ROWS))
+        rows = rows.select(picked) if hasattr(rows, "select") else [rows[index] for index in picked]
+    in_batches = PairBatches(
+        sizes(rows, collator, "padded")[0],
+        padded=True,
+        pairs_per_batch=trainer._train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        group_by_length=args.train_sampling_strategy == "group_by_length",
+        shuffle=args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+    padded = sum(map(in_batches.cost, in_batches))
+    layout = collator.layout.name
+    widths, _ = sizes(rows, collator, "packed" if layout == "padded" else layout)
+    distinct = int(np.sum(widths))
+    counts = (padded if layout == "padded" else distinct, distinct, padded)
+    computed, distinct, padded = (count * total // len(rows) for count in counts)
+    return EpochTokens(computed=computed, distinct=distinct, padded=padded, exact=len(rows) == total)
 
 
 class _Ragged:

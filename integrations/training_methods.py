@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import has_length
 
-from orpo_plugins import plugins
-from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError, ModelError
 from orpo_plugins.forward import (
     Denominators,
@@ -27,9 +25,14 @@ from orpo_plugins.forward import (
     router_coefficient,
 )
 from orpo_plugins.head import keep_four_bit_trainable
+from orpo_plugins.integrations.before_training import (
+    BeforeTraining,
+    checked_layout,
+    tokens_of_a_batch,
+    tokens_of_an_epoch,
+)
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
 from orpo_plugins.integrations.pair_loader import loader, pair_batches
-from orpo_plugins.layout_check import check_layout
 from orpo_plugins.objective import ORPOOutput
 
 logger = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ class ORPOMethods:
                     f"its place: {_NOT_CALLED[name]}"
                 )
 
-    def set_up_orpo(self, options: ORPOOptions) -> None:
+    def set_up_orpo(self, options: ORPOOptions, *, layout_check: bool = True) -> None:
         """Called once, after the base class is initialized; `ConfigError` for an argument that would be ignored."""
         if self.args.label_smoothing_factor:
             raise ConfigError(
@@ -82,7 +85,9 @@ class ORPOMethods:
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None
         self._of_the_last_pass: list[Any] = []
-        self._layout_is_checked = not getattr(self.args, "layout_check", True)
+        self._layout_is_checked = not layout_check
+        self._tokens_are_told = False
+        self.add_callback(BeforeTraining(self))  # type: ignore[attr-defined]
         # Who divides by the number of micro-batches: for "microbatch" the Trainer, else our denominators have done it.
         # transformers reads loss_is_scaled_for_ga since 5.19 and model_accepts_loss_kwargs (with a token count) before.
         scaled = options.nll_normalization != "microbatch"
@@ -131,6 +136,7 @@ class ORPOMethods:
                 )
             self._of_the_last_pass = batches
             return [], None
+        self.tell_tokens(batches[0])
         counts = torch.stack([counts_of(predictions_of(batch)) for batch in batches]).sum(0).to(device)
         # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
         totals = self.accelerator.reduce(counts, reduction="mean")
@@ -140,14 +146,13 @@ class ORPOMethods:
     def get_train_dataloader(self) -> Any:
         """Batches by tokens or by length where the arguments ask for them.
 
-        Checks the layout first, where the model is whole: what a pair costs depends on it, and a loader's workers take
-        it along.
+        Checks the layout first, where the model is whole: what a pair costs depends on it.
         """
         self._of_the_last_pass = []  # of a run that was interrupted
         if self.train_dataset is None:  # type: ignore[attr-defined]
             return super().get_train_dataloader()  # type: ignore[misc]  # which says that one is needed
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
-            self._check_layout(self.model, may_fall_back=getattr(self.args, "layout", None) == "auto")  # type: ignore[attr-defined]
+            self.check_layout(self.model, batches_are_planned=False)
         batches = pair_batches(self)
         return super().get_train_dataloader() if batches is None else loader(self, batches)  # type: ignore[misc]
 
@@ -157,33 +162,20 @@ class ORPOMethods:
             return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
-    def _check_layout(self, model: nn.Module, *, may_fall_back: bool) -> None:
-        """Two rows through the layout and through *padded*, once per run.
-
-        Raises `ModelError` with the finding where they differ, unless another layout may be taken instead.
-        """
-        collator = self.data_collator  # type: ignore[attr-defined]
-        if self._layout_is_checked or not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
-            return
-        if plugins.layout("padded").unsupported(model):
-            return  # nothing to compare with
-        pairs = collator.pairs(list(itertools.islice(self.train_dataset, 2)))  # type: ignore[attr-defined]
-        report = check_layout(
-            model,
-            pairs,
-            collator.layout,
-            pad_token_id=collator.pad_token_id,
-            nll_over=collator.nll_over,
-            kernel=self.orpo_options.kernel,
-        )
-        if report.passed:
-            logger.info("%s", report.message())
-        elif may_fall_back:
-            logger.warning("%s. layout='auto' goes on with 'padded'", report.message())
-            collator.layout = plugins.layout("padded")
-        else:
-            raise ModelError(report.message())
+    def check_layout(self, model: nn.Module, *, batches_are_planned: bool) -> None:
+        """Compares the layout with *padded*, once per run; see `checked_layout`."""
+        if not self._layout_is_checked:
+            checked_layout(self, model, batches_are_planned=batches_are_planned)
         self._layout_is_checked = True  # last: after an error, another call of train() must not go on unchecked
+
+    def tell_tokens(self, first_batch: dict[str, Any] | None = None) -> None:
+        """Says once, on the main process, what the layout costs: in an epoch, or in the first batch of it."""
+        if self._tokens_are_told or not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        text = tokens_of_an_epoch(self) if first_batch is None else tokens_of_a_batch(self, first_batch)
+        if text is not None:
+            logger.warning("%s", text)  # as loud as the line that says that ORPO is active
+        self._tokens_are_told = text is not None or first_batch is not None
 
     def compute_loss(
         self,
@@ -193,7 +185,6 @@ class ORPOMethods:
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one micro-batch; its figures go into the running sums."""
-        self._check_layout(model, may_fall_back=False)
         output = self.orpo_output(model, inputs, "train")
         loss = output.loss.to(self.args.device)
         return (loss, output) if return_outputs else loss

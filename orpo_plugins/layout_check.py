@@ -195,8 +195,11 @@ _LOSS = "the loss"
 
 def _all_answer(pair: Pair) -> Pair:
     """The pair with every token in its answer, so that the table of predictions has a line for each of them."""
-    sides = (TokenSequence(input_ids=side.input_ids, labels=side.input_ids) for side in (pair.chosen, pair.rejected))
-    return Pair(**dict(zip(("chosen", "rejected"), sides, strict=True)))
+    chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
+    return Pair(
+        chosen=TokenSequence(input_ids=chosen, labels=chosen),
+        rejected=TokenSequence(input_ids=rejected, labels=rejected),
+    )
 
 
 def _layer_by_layer(

@@ -64,7 +64,13 @@ LENGTHS = {"max_prompt_length": 9, "max_completion_length": 8, "truncation_mode"
 LOSS = {"odds_temperature": 2.0, "nll_normalization": "pair", "loss_terms": {"sure": 0.25}}
 # One batch of all eight rows, where micro_batch_size alone would make eight.
 BATCHES = {"max_tokens_per_batch": 10_000, "step_strategy": "tokens"}
-OTHERS = {"kernel": "told", "layout": "packed", "nll_over": "completion", "memory_budget": 12345678}
+OTHERS = {
+    "kernel": "told",
+    "layout": "packed",
+    "layout_check": False,
+    "nll_over": "completion",
+    "memory_budget": 12345678,
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +134,8 @@ def test_every_key_takes_effect(plugin: Path, tmp_path: Path, monkeypatch: pytes
     assert re.search(r"kernel=told, layout=packed, nll_over=completion, nll_normalization=pair, beta=0.5", log)
     assert "kernel told: memory_budget=12345678, weights=True" in log
     assert "4 of 4 rows kept" in log
+    assert log.count("kernel told") == 1  # the one step's: the check would have asked twice before
+    assert re.search(r"layout=packed: \d+ tokens per epoch, \d+ as padded in batches of 1 pairs", log)
     (first,) = (entry for entry in logged(folder / "out") if "loss" in entry)
     for key, value in expected().items():
         assert_within(first[key], value, 1e-5, key)

@@ -233,11 +233,11 @@ def test_a_selection_of_rows_is_counted_by_its_own_rows(tmp_path: Path) -> None:
 def test_after_a_fall_back_to_padded_batches_are_counted_as_padded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orpo_plugins.integrations import training_methods
+    from orpo_plugins.integrations import before_training
 
-    check = training_methods.check_layout
+    check = before_training.check_layout
     monkeypatch.setattr(
-        training_methods, "check_layout", lambda *args, **kwargs: replace(check(*args, **kwargs), row_difference=1.0)
+        before_training, "check_layout", lambda *args, **kwargs: replace(check(*args, **kwargs), row_difference=1.0)
     )
     _, seen = run(tmp_path, max_tokens_per_batch=LIMIT, step_strategy="tokens")
     assert seen.layout.name == "padded"

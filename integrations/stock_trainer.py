@@ -103,7 +103,9 @@ def _check_model(outputs: Any, labels: Tensor) -> None:
         )
 
 
-def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch") -> Trainer:
+def fuse_head(
+    trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch", layout_check: bool = True
+) -> Trainer:
     """Puts the fused head, exact step normalization and ORPO's metrics into a stock Trainer; returns it.
 
     Args:
@@ -111,6 +113,7 @@ def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str 
             `odds_temperature` are kept.  Its class is replaced by a subclass of itself.
         kernel: "auto", "chunked", "chunked_fp32", "triton", "reference" or a plugin's name.
         nll_normalization: "batch", "microbatch" or "pair".
+        layout_check: whether the collator's layout is compared with *padded* on two pairs before training.
 
     Raises:
         ConfigError: the trainer's loss or collator is another one.
@@ -129,6 +132,7 @@ def fuse_head(trainer: Trainer, *, kernel: str = "auto", nll_normalization: str 
             kernel=kernel,
             nll_normalization=nll_normalization,
             logit_means=True,
-        )
+        ),
+        layout_check=layout_check,
     )
     return trainer

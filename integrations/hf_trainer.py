@@ -267,6 +267,11 @@ def announce(model: nn.Module, args: Any, data_collator: Any = None) -> str:
     """
     if isinstance(data_collator, ORPOCollator):
         layout, passed_over = data_collator.layout, dict[str, str]()
+        if args.layout not in ("auto", layout.name):
+            raise ConfigError(
+                f"layout={args.layout!r} in the arguments, and data_collator has the layout {layout.name!r}: make them "
+                "agree, or leave one of them out"
+            )
         if reason := layout.unsupported(model):
             raise ConfigError(
                 f"data_collator has the layout {layout.name!r}, which cannot be used here: {reason}. Leave "
@@ -280,7 +285,7 @@ def announce(model: nn.Module, args: Any, data_collator: Any = None) -> str:
         "ORPO by orpo-plugins is active: kernel=%s, layout=%s, nll_over=%s, nll_normalization=%s, beta=%g%s",
         kernel(args.kernel, device).name,
         layout.name,
-        args.nll_over,
+        getattr(data_collator, "nll_over", args.nll_over),
         args.nll_normalization,
         args.beta,
         reasons,

@@ -396,10 +396,13 @@ def convolutional(**changes):
 
 def test_the_trainer_says_and_takes_the_layout_of_a_collator_of_ones_own(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        made = trainer(tmp_path, layout="padded", data_collator=ORPOCollator(tiny.tokenizer(), layout="shared"))
-    assert "layout=shared" in caplog.text
+        own = ORPOCollator(tiny.tokenizer(), layout="shared", nll_over="completion")
+        made = trainer(tmp_path, layout="auto", data_collator=own)
+    assert "layout=shared, nll_over=completion" in caplog.text
     assert attention.is_prepared(made.model)
     made.train()
+    with pytest.raises(errors.ConfigError, match="layout='padded' in the arguments, and data_collator has .* 'shared'"):
+        trainer(tmp_path, layout="padded", data_collator=own)
 
 
 def test_the_trainer_refuses_a_collator_whose_layout_the_model_cannot_run(tmp_path):

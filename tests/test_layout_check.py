@@ -99,11 +99,18 @@ def test_a_late_layer_that_carries_a_state_fails_in_bf16_and_is_the_one_named(na
         return hidden + 0.5 * hidden.roll(1, dims=1), *outputs[1:]
 
     made.model.layers[10].self_attn.register_forward_hook(carry)
-    # Short sequences: each begins anew in one row in ten at least.
-    pairs = random_pairs(((1, 3, 3),) * 8)
-    report = check_layout(made, pairs, plugins.layout("shared"), pad_token_id=0)
+    report = check_layout(made, LONG, plugins.layout("shared"), pad_token_id=0)
     assert not report.passed
     assert report.first_layer.startswith("model.layers.10 ")
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_convolutions_are_named(layout, dtype):
+    made = model("Lfm2", layer_types=["full_attention", "conv", "full_attention"]).to(dtype)
+    report = check_layout(made, LONG, plugins.layout(layout), pad_token_id=0)
+    assert not report.passed
+    assert report.first_layer == "model.layers.1 (Lfm2DecoderLayer, conv)"
 
 
 def test_a_quiet_first_comparison_takes_no_further_passes():

@@ -55,7 +55,7 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
     collator = trainer.data_collator
     if not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
         return
-    if plugins.layout("padded").unsupported(model):
+    if collator.layout.encoder_decoder or plugins.layout("padded").unsupported(model):
         return  # nothing to compare with
 
     def on_any_rank(value: bool) -> bool:

@@ -114,6 +114,17 @@ def test_short_convolutions_are_named(layout, dtype, monkeypatch):
     assert report.first_layer == "model.layers.1 (Lfm2DecoderLayer, conv)"
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_layout_that_goes_by_the_labels_is_compared_where_something_is_predicted(right):
+    shared = plugins.layout("shared") if right else without_context(plugins.layout("shared"))
+
+    def collate(pairs, **options):
+        return shared.collate(pairs if pairs[0].chosen.labels[0] == -100 else pairs[::-1], **options)
+
+    report = check_layout(model(), random_pairs(), replace(shared, collate=collate), pad_token_id=0)
+    assert report.passed == right
+
+
 def test_a_quiet_first_comparison_takes_no_further_passes():
     report = check_layout(model().bfloat16(), random_pairs(), plugins.layout("shared"), pad_token_id=0)
     assert report.passed

@@ -28,8 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orpo_plugins.errors import ModelError
-from orpo_plugins.forward import attention_implementation
-from orpo_plugins.head import unwrap_model
+from orpo_plugins.head import attention_implementation, unwrap_model
 from orpo_plugins.packing import SPANS, Span, Spans
 
 PREFIX = "orpo_"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from orpo_plugins import plugins
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.head import (
+    attention_implementation,
     config_of,
     final_bias_taken_out,
     head_options,
@@ -248,11 +249,6 @@ def check_support(model: nn.Module, layout: Layout) -> None:
         kind = type(unwrap_model(model)).__name__
         raise ModelError(f"{kind} cannot run in the layout of this batch: {reason}. Use layout='padded'")
     supported.add(asked)
-
-
-def attention_implementation(model: nn.Module) -> str | None:
-    """The name of the attention implementation that the text decoder has now; None where it has none."""
-    return getattr(text_config_of(model), "_attn_implementation", None)
 
 
 def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:

@@ -52,6 +52,11 @@ def text_config_of(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def attention_implementation(model: nn.Module) -> str | None:
+    """The name of the attention implementation that the text decoder has now; None where it has none."""
+    return getattr(text_config_of(model), "_attn_implementation", None)
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads prompts with an encoder of their own, as T5 and BART do."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))

@@ -7,17 +7,16 @@ if not report.passed:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from orpo_plugins import plugins
 from orpo_plugins.forward import check_vocabulary, orpo_forward, predictions_of
-from orpo_plugins.head import evaluating, head_options, output_head, unwrap_model
+from orpo_plugins.head import evaluating, head_options, output_head, text_config_of, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair, TokenSequence
 from orpo_plugins.packing import common_prefix
 
@@ -178,7 +177,7 @@ def _run(model: nn.Module, layout: Layout, batch: dict[str, Any], rows: Tensor, 
     def listen(_: Any, inputs: tuple[Tensor, ...]) -> None:
         seen.append((inputs[0].flatten(0, -2)[rows], _coarsest(model, inputs[0])))
 
-    with _hooked(output_head(model).register_forward_pre_hook(listen)), layout.forward_context(model):
+    with output_head(model).register_forward_pre_hook(listen), layout.forward_context(model):
         loss = orpo_forward(model, batch, kernel=kernel).loss
     hidden, dtype = seen[-1]
     return _Run(hidden=hidden, loss=float(loss), dtype=dtype)
@@ -278,8 +277,7 @@ def _layer_by_layer(
         rows, total = predictions_of(batch).rows, batch["input_ids"].numel()
         with ExitStack() as stack:
             for stage, module in enumerate(stages):
-                handle = module.register_forward_pre_hook(look(stage, rows, total), with_kwargs=True)
-                stack.enter_context(_hooked(handle))
+                stack.enter_context(module.register_forward_pre_hook(look(stage, rows, total), with_kwargs=True))
             stack.enter_context(layout.forward_context(model))
             losses.append(float(orpo_forward(model, batch, kernel=kernel).loss))
     return {**differences, _LOSS: abs(losses[1] - losses[0])}
@@ -295,7 +293,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], total: int) -> 
 
 def _descriptions(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> list[str]:
     """Name, class and `layer_types` entry of each layer."""
-    kinds = getattr(getattr(unwrap_model(model), "config", None), "layer_types", None) or ()
+    kinds = getattr(text_config_of(model), "layer_types", None) or ()
     return [
         f"{name} ({type(layer).__name__}{f', {kinds[index]}' if index < len(kinds) else ''})"
         for index, (name, layer) in enumerate(layers)
@@ -310,14 +308,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             lists[name] = module
     name, layers = max(lists.items(), key=lambda item: len(item[1]), default=("", nn.ModuleList()))
     return ((f"{name}.{index}", layer) for index, layer in enumerate(layers))
-
-
-@contextmanager
-def _hooked(handle: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,17 @@ import json
 from typing import Any
 
 import orpo_plugins
-from orpo_plugins import interfaces, pairs, plugins, row_formats, separate_pairs, texts, tokenized_rows
+from orpo_plugins import (
+    conversations,
+    interfaces,
+    pairs,
+    plugins,
+    row_formats,
+    row_values,
+    separate_pairs,
+    texts,
+    tokenized_rows,
+)
 from orpo_plugins.pairs import PairBuilder
 
 
@@ -18,7 +28,8 @@ def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    modules = [inspect.getmodule(mapped), interfaces, pairs, row_formats, separate_pairs, texts, tokenized_rows]
+    ours = (interfaces, pairs, row_formats, row_values, conversations, separate_pairs, texts, tokenized_rows)
+    modules = [inspect.getmodule(mapped), *ours]
     formats = [(row_format.name, _source(row_format.parse)) for row_format in plugins.row_formats()]
     return str(
         Hasher.hash(

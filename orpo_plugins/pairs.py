@@ -81,6 +81,8 @@ class BuiltPair:
     rejected_truncated: bool = False
     repaired: bool = False
     """The answers held the whole conversation beside a raw prompt, which was left out."""
+    restated: bool = False
+    """Both answers begin with the text of the prompt."""
 
     @property
     def sft_only(self) -> bool:
@@ -152,7 +154,7 @@ class PairBuilder:
             if not self._special_ids.issuperset(answer.labels):
                 continue
             return Dropped(reason=f"the {name} answer is empty after tokenization")
-        return self.fit(*map(self._close, answers), repaired=texts.repaired)
+        return self.fit(*map(self._close, answers), repaired=texts.repaired, restated=texts.restated)
 
     # ---- tokens
 
@@ -199,7 +201,7 @@ class PairBuilder:
 
     # ---- length
 
-    def fit(self, *whole: Answer, repaired: bool = False) -> BuiltPair | Dropped:
+    def fit(self, *whole: Answer, **flags: bool) -> BuiltPair | Dropped:
         """Cuts a chosen and a rejected answer, or a chosen one alone, to the options' lengths (see `PairOptions`)."""
         options = self.options
         limit = options.max_completion_length
@@ -213,7 +215,7 @@ class PairBuilder:
         for name, answer in zip(("chosen", "rejected"), cut, strict=False):
             if self._special_ids.issuperset(answer.labels):
                 return Dropped(reason=f"no room is left for the {name} answer")
-        return built_pair(whole, cut, prompt_truncated=prompt_truncated, repaired=repaired)
+        return built_pair(whole, cut, prompt_truncated=prompt_truncated, **flags)
 
     def _prompt_room(self, answers: Sequence[Answer]) -> int:
         """The tokens that the longer prompt may keep."""
@@ -237,10 +239,11 @@ class PairBuilder:
         return [prompt[excess:] for prompt in prompts]
 
 
-def built_pair(
-    whole: Sequence[Answer], cut: Sequence[Answer], *, prompt_truncated: bool, repaired: bool
-) -> BuiltPair | Dropped:
-    """The pair of answers that were cut to their lengths; of the chosen one alone, a pair without a rejected one."""
+def built_pair(whole: Sequence[Answer], cut: Sequence[Answer], **flags: bool) -> BuiltPair | Dropped:
+    """The pair of answers that were cut to their lengths; of the chosen one alone, a pair without a rejected one.
+
+    `flags` are those of `BuiltPair` that the answers do not show.
+    """
     sequences = [token_sequence(answer) for answer in cut]
     if len(cut) == 1:
         sequences.append(TokenSequence(input_ids=[], labels=[]))
@@ -249,10 +252,9 @@ def built_pair(
     shorter = [len(new.ids) < len(old.ids) for new, old in zip(cut, whole, strict=True)]
     return BuiltPair(
         pair=Pair(chosen=sequences[0], rejected=sequences[1]),
-        prompt_truncated=prompt_truncated,
         chosen_truncated=shorter[0],
         rejected_truncated=shorter[-1] and len(cut) == 2,
-        repaired=repaired,
+        **flags,
     )
 
 

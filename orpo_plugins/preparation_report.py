@@ -8,6 +8,7 @@ FLAGS = (
     "chosen_truncated",
     "rejected_truncated",
     "repaired",
+    "restated",
     "sft_only",
     "weighted",
     "with_margin",
@@ -35,6 +36,8 @@ class PreparationReport:
     """Row numbers, from 0, by reason."""
     repaired: list[int] = field(default_factory=list)
     """Row numbers of pairs whose answers held the whole conversation beside a raw prompt."""
+    restated: list[int] = field(default_factory=list)
+    """Row numbers of pairs whose answers both begin with the text of the prompt."""
     sft_only: int = 0
     """Rows without a rejected answer, trained with the NLL alone."""
     weighted: int = 0
@@ -55,8 +58,9 @@ class PreparationReport:
         self.sft_only += flags["sft_only"]
         self.weighted += flags["weighted"]
         self.with_margin += flags["with_margin"]
-        if flags["repaired"]:
-            self.repaired.append(index)
+        for name in ("repaired", "restated"):
+            if flags[name]:
+                getattr(self, name).append(index)
 
     def clear(self) -> None:
         """Starts again from no rows."""
@@ -65,7 +69,7 @@ class PreparationReport:
     def all_whole(self) -> bool:
         """Whether every row was kept as it is, and counts as every other."""
         truncated = self.prompt_truncated + self.chosen_truncated + self.rejected_truncated
-        return not (self.dropped or self.repaired or truncated or self.weighted or self.with_margin)
+        return not (self.dropped or self.repaired or self.restated or truncated or self.weighted or self.with_margin)
 
     def summary(self) -> str:
         """The report in words, one line per thing to know."""
@@ -85,6 +89,12 @@ class PreparationReport:
             lines.append(
                 f"the answers of {len(self.repaired)} rows held the whole conversation beside a prompt column; "
                 f"the column was left out there, so that no prompt is trained twice: {_numbers(self.repaired)}"
+            )
+        if self.restated:
+            lines.append(
+                f"both answers of {len(self.restated)} rows begin with the text of their prompt, which is trained "
+                "twice there. If they hold the whole text, leave the prompt column out: what both share is the prompt "
+                f"then: {_numbers(self.restated)}"
             )
         lines += [f"dropped {len(rows)}: {reason}: {_numbers(rows)}" for reason, rows in self.dropped.items()]
         return "\n  ".join(lines)

@@ -6,30 +6,37 @@ error, with the column's name, so that one bad row in a good dataset is not repo
 """
 
 import difflib
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from orpo_plugins import plugins
+from orpo_plugins.conversations import end_of_shared_words, has_turn, is_whole, question_and_answers
 from orpo_plugins.errors import RowError
 from orpo_plugins.hookspecs import hookimpl
 from orpo_plugins.interfaces import Message, Preference, RowFormat
+from orpo_plugins.row_values import (
+    CALL,
+    CONVERSATIONS,
+    MEDIA,
+    ROLES,
+    TEXT_ONLY,
+    Row,
+    assistant,
+    kind,
+    looks_like_a_message,
+    message_lists_in_texts,
+    messages_of,
+    shortened,
+    system_text,
+    text_of,
+    tool_schemas,
+    user,
+    without_none,
+)
 
-Row = Mapping[str, Any]
 _IMPLICIT_STRINGS = "strings, implicit prompt"
-
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-}
-"""ShareGPT's names for the roles of chat templates; any other name is a role already."""
-_CALL = "function_call"
-"""ShareGPT's role of an assistant's message that is the JSON of a tool's call, or of several."""
 
 _OTHER_NAMES = {
     "prompt": ("question", "query", "instruction", "input", "context", "post", "user", "human"),
@@ -38,28 +45,37 @@ _OTHER_NAMES = {
 }
 """What datasets call the three columns where they do not use these names."""
 
+_NO_PROMPT = re.compile(
+    r"(^|_)(id|ids|idx|index|source|origin|dataset|subset|split|models?|generator|category|categories|type|kind"
+    r"|domain|topic|tags?|key|name|lang|language|labels?|score|scores|rating|difficulty|url|uuid|hash|date|time"
+    r"|timestamp|license|version|system|tools|chat_template_kwargs|weight|margin)$|^(chosen|rejected)_",
+    re.IGNORECASE,
+)
+"""Names of columns that say something about a row or an answer, and hold no prompt."""
+
 
 @hookimpl
 def orpo_row_formats() -> list[RowFormat]:
     """The built-in formats; the first that matches reads the row."""
     return [
         RowFormat(
-            name="sharegpt",
-            columns="conversations (or messages), chosen, rejected (messages with from/value or role/content)",
-            matches=_is_sharegpt,
-            parse=_parse_sharegpt,
-        ),
-        RowFormat(
-            name="alpaca",
-            columns="instruction, input (optional), chosen, rejected (strings)",
-            matches=lambda row: _has(row, "instruction", "chosen", "rejected") and not _has(row, "prompt"),
-            parse=_parse_alpaca,
+            name="ms-swift",
+            columns="messages (that end with the chosen answer), rejected_response or rejected_messages; or query, "
+            "response, rejected_response (strings)",
+            matches=lambda row: not _has(row, "rejected") and (_is_swift(row) or _is_swift_strings(row)),
+            parse=lambda row: _parse_swift(row) if _is_swift(row) else _parse_swift_strings(row),
         ),
         RowFormat(
             name="conversational",
             columns="prompt, chosen, rejected (message lists)",
             matches=lambda row: _has(row, "prompt", "chosen", "rejected") and _is_messages(row["prompt"]),
-            parse=_parse_conversational,
+            parse=lambda row: _chat(row, *_parts(row, "prompt", messages_of(row, "prompt"))),
+        ),
+        RowFormat(
+            name="sharegpt",
+            columns="conversations (or messages), chosen, rejected (messages with from/value or role/content)",
+            matches=lambda row: _conversation_column(row) is not None and _has(row, "chosen", "rejected"),
+            parse=_parse_sharegpt,
         ),
         RowFormat(
             name="conversational, implicit prompt",
@@ -68,6 +84,12 @@ def orpo_row_formats() -> list[RowFormat]:
                 _has(row, "chosen", "rejected") and (_is_messages(row["chosen"]) or _is_messages(row["rejected"]))
             ),
             parse=_parse_implicit,
+        ),
+        RowFormat(
+            name="alpaca",
+            columns="instruction, input (optional), chosen, rejected (strings)",
+            matches=lambda row: _has(row, "instruction", "chosen", "rejected") and not _has(row, "prompt"),
+            parse=_parse_alpaca,
         ),
         RowFormat(
             name="strings with system",
@@ -79,7 +101,7 @@ def orpo_row_formats() -> list[RowFormat]:
             name="strings",
             columns="prompt, chosen, rejected (strings)",
             matches=lambda row: _has(row, "prompt", "chosen", "rejected"),
-            parse=lambda row: _strings(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")),
+            parse=lambda row: _strings(text_of(row, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")),
         ),
         RowFormat(
             name=_IMPLICIT_STRINGS,
@@ -89,10 +111,6 @@ def orpo_row_formats() -> list[RowFormat]:
             parse=_parse_implicit_strings,
         ),
     ]
-
-
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_TEXT_ONLY = "Drop such rows, or remove the column where the texts stand by themselves"
 
 
 def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preference:
@@ -108,9 +126,14 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preferen
     """
     where = f"row {index}"
     if not isinstance(row, Mapping):
-        raise RowError(f"{where}: expected a mapping from column to value, got {_kind(row)}")
-    if media := next((column for column in _MEDIA if row.get(column)), None):
-        raise RowError(f"{where}: column {media!r} is not empty, but only text can be trained on. {_TEXT_ONLY}")
+        raise RowError(f"{where}: expected a mapping from column to value, got {kind(row)}")
+    if media := next((column for column in MEDIA if row.get(column)), None):
+        raise RowError(f"{where}: column {media!r} is not empty, but only text can be trained on. {TEXT_ONLY}")
+    row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}  # of numpy
+    try:
+        row |= message_lists_in_texts(row)
+    except RowError as error:
+        raise RowError(f"{where}: {error}") from error
     alone = sft_rows and row.get("rejected") is None and row.get("chosen") is not None
     if alone:
         row = {**row, "rejected": row["chosen"]}
@@ -131,90 +154,134 @@ def _alone(preference: Preference, row_format: RowFormat) -> Preference:
     return replace(preference, rejected=None, plain=plain)
 
 
-def common_prefix(*texts: str) -> str:
-    """What all texts begin with."""
-    # Of sorted texts the first and the last differ the earliest; halving compares long texts at the speed of C.
-    first, last = min(texts), max(texts)
-    known, limit = 0, min(len(first), len(last))
-    while known < limit:
-        middle = (known + limit + 1) // 2
-        known, limit = (middle, limit) if last.startswith(first[known:middle], known) else (known, middle - 1)
-    return first[:known]
-
-
 # ---- the formats
 
 
-def _is_sharegpt(row: Row) -> bool:
-    column = _conversation_column(row)
-    return column is not None and _has(row, "chosen", "rejected") and isinstance(row[column], list | tuple)
+def _is_swift(row: Row) -> bool:
+    return _has(row, "messages") and bool(_has(row, "rejected_response") or _has(row, "rejected_messages"))
+
+
+def _is_swift_strings(row: Row) -> bool:
+    return _has(row, "query", "response", "rejected_response")
+
+
+def _parse_swift(row: Row) -> Preference:
+    conversation = messages_of(row, "messages")
+    if row.get("rejected_messages") is not None:
+        return _chat(row, *question_and_answers([], conversation, messages_of(row, "rejected_messages")))
+    if not conversation or conversation[-1]["role"] != "assistant":
+        raise RowError(
+            "column 'messages' does not end with an assistant's message, which would be the chosen answer beside "
+            "'rejected_response'. Add it, or filter the row out"
+        )
+    rejected = assistant(text_of(row, "rejected_response"))
+    return _chat(row, conversation[:-1], conversation[-1:], rejected)
+
+
+def _parse_swift_strings(row: Row) -> Preference:
+    query, chosen, rejected = (text_of(row, name) for name in ("query", "response", "rejected_response"))
+    return _chat(row, [*_history(row), *user(query)], assistant(chosen), assistant(rejected))
 
 
 def _conversation_column(row: Row) -> str | None:
-    return next((name for name in ("conversations", "messages") if row.get(name) is not None), None)
+    return next((name for name in CONVERSATIONS if isinstance(row.get(name), list | tuple) and row[name]), None)
 
 
 def _parse_sharegpt(row: Row) -> Preference:
-    prompt = _messages(row, str(_conversation_column(row)))
-    return _chat(row, prompt, _messages(row, "chosen"), _messages(row, "rejected"))
+    column = str(_conversation_column(row))
+    prompt, chosen, rejected = _parts(row, column, messages_of(row, column))
+    if prompt and prompt[-1]["role"] == "assistant" and chosen and chosen[0]["role"] == "assistant":
+        raise RowError(
+            f"column {column!r} ends with an assistant's message ({shortened(prompt[-1]['content'])}) that is neither "
+            f"answer, so that both answers would follow another one. Take that message out of {column!r}"
+        )
+    return _chat(row, prompt, chosen, rejected)
 
 
 def _parse_alpaca(row: Row) -> Preference:
-    instruction, given = _text(row, "instruction"), _text(row, "input", default="")
-    question = f"{instruction}\n{given}" if given.strip() else instruction
-    prompt: list[Message] = []
-    for turn in row.get("history") or []:
-        prompt += _user(turn[0]) + _assistant(turn[1])
+    instruction, given = text_of(row, "instruction"), text_of(row, "input", default="")
+    question = _question(row, "instruction")
+    prompt = _history(row)
     sections = [f"### Instruction:\n{instruction}\n\n"]
     if given.strip():
         sections.append(f"### Input:\n{given}\n\n")
     plain_prompt = "".join([*sections, "### Response:\n"]) if question.strip() else ""
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    plain = _strings(_before(_text(row, "system", default=""), plain_prompt), chosen, rejected)
-    return _chat(
-        row, prompt + _user(question), _assistant(chosen), _assistant(rejected), plain=None if prompt else plain
-    )
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    plain = _strings(_before(text_of(row, "system", default=""), plain_prompt), chosen, rejected)
+    return _chat(row, prompt + user(question), assistant(chosen), assistant(rejected), plain=None if prompt else plain)
 
 
-def _parse_conversational(row: Row) -> Preference:
-    prompt, chosen, rejected = (_messages(row, name) for name in ("prompt", "chosen", "rejected"))
-    if _starts_with(chosen, prompt) and _starts_with(rejected, prompt):
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return _chat(row, prompt, chosen, rejected)
+def _history(row: Row) -> list[Message]:
+    """The turns of a `history` column: pairs of a question and its answer."""
+    return [message for turn in row.get("history") or [] for message in (*user(turn[0]), *assistant(turn[1]))]
 
 
 def _parse_implicit(row: Row) -> Preference:
-    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
-    # Each answer keeps at least its last message, also where both lists are equal.
-    longest = max(0, min(len(chosen), len(rejected)) - 1)
-    shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
-    prompt = chosen[:shared]
-    if not prompt and isinstance(row.get("prompt"), str):
-        prompt = _user(row["prompt"])
-    elif not any(message["role"] == "user" for message in prompt) and isinstance(row.get("prompt"), str):
-        answers = chosen[shared:] + rejected[shared:]
-        if all(message["role"] == "assistant" for message in answers):
-            prompt = prompt + _user(row["prompt"])
-    return _chat(row, prompt, chosen[shared:], rejected[shared:])
+    prompt, chosen, rejected = question_and_answers([], messages_of(row, "chosen"), messages_of(row, "rejected"))
+    if any(message["role"] == "user" for message in prompt):
+        return _chat(row, prompt, chosen, rejected)  # whole conversations: a string beside them is their question
+    column = next((name for name in ("prompt", "instruction") if isinstance(row.get(name), str)), None)
+    if column is not None:
+        return _chat(row, *_parts(row, column, [*_history(row), *user(_question(row, column))]))
+    if not prompt and chosen and rejected and not any(map(is_whole, (chosen, rejected))):
+        raise RowError(f"the messages of 'chosen' and 'rejected' hold answers alone, and no question. {_advice(row)}")
+    return _chat(row, prompt, chosen, rejected)
 
 
 def _parse_system(row: Row) -> Preference:
-    prompt, chosen, rejected = _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")
-    plain = _strings(_before(_system_text(row["system"]), prompt), chosen, rejected)
-    return _chat(row, _user(prompt), _assistant(chosen), _assistant(rejected), plain=plain)
+    prompt, chosen, rejected = text_of(row, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")
+    plain = _strings(_before(system_text(row["system"]), prompt), chosen, rejected)
+    return _chat(row, user(prompt), assistant(chosen), assistant(rejected), plain=plain)
+
+
+def _question(row: Row, column: str) -> str:
+    """The text of a prompt's column; Alpaca's `input` stands below its `instruction`."""
+    given = text_of(row, "input", default="") if column == "instruction" else ""
+    return f"{text_of(row, column)}\n{given}" if given.strip() else text_of(row, column)
 
 
 def _parse_implicit_strings(row: Row) -> Preference:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    # Each answer keeps at least one character, also where both strings are equal.
-    longest = max(0, min(len(chosen), len(rejected)) - 1)
-    shared = len(common_prefix(chosen[:longest], rejected[:longest]))
-    if shared == 0 and chosen != rejected:
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    shared = chosen[: end_of_shared_words(chosen, rejected)]
+    if chosen != rejected:
+        _check_implicit_prompt(row, shared)
+    return _strings(shared, chosen[len(shared) :], rejected[len(shared) :])
+
+
+def _check_implicit_prompt(row: Row, shared: str) -> None:
+    """Raises `RowError` where what two strings begin with is no prompt: answers may begin alike by chance."""
+    if not re.search(r"\w\w", shared):
         raise RowError(f"there is no 'prompt' column, and 'chosen' and 'rejected' do not begin alike. {_advice(row)}")
-    if shared and chosen[shared] != rejected[shared] and chosen[shared - 1] == " ":
-        # Tokenizers write a word together with the space before it, so the space belongs to the answer.
-        shared -= 1
-    return _strings(chosen[:shared], chosen[shared:], rejected[shared:])
+    unused = _unused_texts(row)
+    if unused and not has_turn(shared):
+        raise RowError(
+            f"there is no 'prompt' column, and the words that 'chosen' and 'rejected' share ({shortened(shared)}) may "
+            f"do so by chance, while {' and '.join(map(repr, unused))} would not be read. {_advice(row)} If the prompt "
+            f"is in the answers: dataset.remove_columns({unused!r})"
+        )
+
+
+def _unused_texts(row: Row) -> list[str]:
+    """Columns that hold text or messages, and by their names might be a prompt."""
+    known = {"chosen", "rejected"}
+    return [
+        str(name)
+        for name, value in row.items()
+        if name not in known and not _NO_PROMPT.search(str(name)) and (_is_conversation(value) or _is_text(value))
+    ]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(looks_like_a_message, value))
+
+
+def _parts(row: Row, column: str, context: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt and answers of a row whose prompt stands in `column`, where the answers may hold it again."""
+    return question_and_answers(context, messages_of(row, "chosen"), messages_of(row, "rejected"), column=column)
 
 
 # ---- values
@@ -233,126 +300,27 @@ def _chat(
     plain: Preference | None = None,
 ) -> Preference:
     """Message lists, with the `system` column before them and what the template is to be given beside them."""
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer and not any(message["role"] == "assistant" for message in answer):
+            roles = ", ".join(f"message {number} has the role {m['role']!r}" for number, m in enumerate(answer))
+            raise RowError(
+                f"the {name} answer has no message of an assistant: {roles}. Roles that are known, an assistant's by "
+                f"several names: {', '.join(ROLES)}, {CALL}"
+            )
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping):
-        raise RowError(f"column 'chat_template_kwargs' is {_kind(given)}, expected a mapping")
-    arguments: dict[str, Any] = _without_none(given)
-    if tools := _tools(row.get("tools")):
+        raise RowError(f"column 'chat_template_kwargs' is {kind(given)}, expected a mapping")
+    arguments: dict[str, Any] = without_none(given)
+    if tools := tool_schemas(row.get("tools")):
         arguments["tools"] = tools
-    system = _system_text(row.get("system"))
+    system = system_text(row.get("system"))
     if system.strip() and prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected, template_arguments=arguments, plain=plain)
 
 
-def _tools(value: Any) -> list[Any]:
-    """The tools of a row: a list of their JSON schemas, or the JSON text of one."""
-    tools = _from_json(value, "column 'tools'") if isinstance(value, str) and value.strip() else value
-    if tools in (None, "") or isinstance(tools, list | tuple):
-        return list(_without_none(tools or []))
-    raise RowError(f"column 'tools' is {_kind(value)}, expected a list of JSON schemas, or the JSON text of one")
-
-
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """ShareGPT's calls, as chat templates read them."""
-    calls = _from_json(value, where)
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise RowError(f"{where} is {_kind(value)}, expected the JSON of a call: name and arguments")
-    return [{"type": "function", "function": call} for call in calls]
-
-
-def _from_json(value: Any, where: str) -> Any:
-    try:
-        return json.loads(value)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"{where} is {_kind(value)}, which is no JSON: {error}") from error
-
-
-def _without_none(value: Any) -> Any:
-    """Mappings without keys that are None, all the way down: Arrow fills in what other rows have."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _system_text(value: Any) -> str:
-    """The text of a `system` column: a string, a list of strings, or a list of messages."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        parts = [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in value]
-        if all(isinstance(part, str) for part in parts):
-            return "\n".join(parts)
-    raise RowError(f"column 'system' is {_kind(value)}, expected a string or a list of strings")
-
-
 def _before(system: str, prompt: str) -> str:
     return f"{system}\n\n{prompt}" if system.strip() and prompt.strip() and system not in prompt else prompt
-
-
-def _text(row: Row, column: str, default: str | None = None) -> str:
-    value = row.get(column)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise RowError(f"column {column!r} is {_kind(value)}, expected a string. {_remedy(column, value)}")
-    return value
-
-
-def _messages(row: Row, column: str) -> list[Message]:
-    """The messages of a column; one message, or an answer written as a string, stands for a list of one."""
-    value = row[column]
-    if isinstance(value, str) and column in ("chosen", "rejected"):
-        return _assistant(value)
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        raise RowError(f"column {column!r} is {_kind(value)}, expected a list of messages. {_remedy(column, value)}")
-    return [_message(message, f"message {number} of column {column!r}") for number, message in enumerate(value)]
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(f"{where} is {_kind(message)}, expected a mapping with role and content (or from and value)")
-    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
-    rest = {key: value for key, value in message.items() if value is not None}
-    role = rest.pop("role", None) or rest.pop("from", None)
-    content = rest.pop("content") if "content" in rest else rest.pop("value", None)
-    if not isinstance(role, str):
-        raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
-    if role == _CALL:
-        rest["tool_calls"], content = _calls(content, where), ""
-    if calls := rest.pop("tool_calls", None):  # no calls are no key: templates ask whether it is there
-        calls = _from_json(calls, f"tool_calls of {where}") if isinstance(calls, str) else calls
-        rest["tool_calls"], content = _without_none(calls), content or ""
-    if isinstance(content, list | tuple):
-        kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
-        if other := next((kind for kind in kinds if kind != "text"), None):
-            raise RowError(f"{where} holds a part of type {other!r}, but only text can be trained on. {_TEXT_ONLY}")
-    if not isinstance(content, str | list | tuple):
-        raise RowError(f"{where} has {_kind(content)} as its content, expected a string: keys {', '.join(message)}")
-    return {"role": "assistant" if role == _CALL else _ROLES.get(role, role), "content": content, **rest}
-
-
-def _remedy(column: str, value: Any) -> str:
-    if column == "rejected" and value is None:
-        return "Fill it in, filter the row out, or train such rows with the NLL alone (sft_rows=True)"
-    return "Fill it in, or filter the row out"
-
-
-def _user(content: str) -> list[Message]:
-    return [{"role": "user", "content": content}]
-
-
-def _assistant(content: str) -> list[Message]:
-    return [{"role": "assistant", "content": content}]
-
-
-def _starts_with(messages: list[Message], beginning: list[Message]) -> bool:
-    return bool(beginning) and len(messages) > len(beginning) and messages[: len(beginning)] == beginning
 
 
 def _has(row: Row, *columns: str) -> bool:
@@ -361,14 +329,6 @@ def _has(row: Row, *columns: str) -> bool:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list | tuple | Mapping)
-
-
-def _kind(value: Any) -> str:
-    """A value in words: None, or its type and how it begins."""
-    if value is None:
-        return "None"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
 # ---- the error for a row that no format reads
@@ -381,12 +341,30 @@ def _unknown_format(row: Row) -> str:
 
 
 def _advice(row: Row) -> str:
-    renames = [(old, name) for name in ("prompt", "chosen", "rejected") if (old := _renamed(row, name)) is not None]
-    if renames:
+    """What to do about columns under other names: renames after which the row can be read, or what is missing."""
+    renames = _renames(row)
+    if renames and _is_readable({dict(renames).get(name, name): value for name, value in row.items()}):
         calls = "".join(f".rename_column({old!r}, {name!r})" for old, name in renames)
         return f"Did you mean dataset{calls}?"
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
+    missing = [name for name in _OTHER_NAMES if name not in row]
     return f"Missing: {', '.join(missing)}. Rename columns, or register a row format of your own (docs/plugins.md)."
+
+
+def _renames(row: Row) -> list[tuple[str, str]]:
+    """(column, what it seems to be) for each of prompt, chosen and rejected that is missing."""
+    found = {name: _renamed(row, name) for name in _OTHER_NAMES}
+    if found["prompt"] is None and not _has(row, "prompt") and _conversation_column(row) is None:
+        unused = [name for name in _unused_texts(row) if name not in found.values()]
+        found["prompt"] = unused[0] if unused and _has(row, "chosen", "rejected") else None
+    return [(old, name) for name, old in found.items() if old is not None]
+
+
+def _is_readable(row: Row) -> bool:
+    try:
+        parse_row(row, 0)
+    except RowError:
+        return False
+    return True
 
 
 def _renamed(row: Row, column: str) -> str | None:

@@ -41,7 +41,7 @@ class EncoderDecoderPairBuilder(PairBuilder):
 
     # ---- length
 
-    def fit(self, *whole: Answer, repaired: bool = False) -> BuiltPair | Dropped:
+    def fit(self, *whole: Answer, **flags: bool) -> BuiltPair | Dropped:
         """Cuts prompt and answers, each to a limit of its own (see `PairOptions`)."""
         cut = [self._cut(answer) for answer in whole]
         for name, answer in zip(("chosen", "rejected"), cut, strict=False):
@@ -50,7 +50,7 @@ class EncoderDecoderPairBuilder(PairBuilder):
             if self._special_ids.issuperset(answer.labels):
                 return Dropped(reason=f"no room is left for the {name} answer")
         prompt_truncated = any(new.prompt != old.prompt for new, old in zip(cut, whole, strict=True))
-        return built_pair(whole, cut, prompt_truncated=prompt_truncated, repaired=repaired)
+        return built_pair(whole, cut, prompt_truncated=prompt_truncated, **flags)
 
     def _cut(self, answer: Answer) -> Answer:
         options = self.options

@@ -8,12 +8,26 @@ import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from orpo_plugins.conversations import common_prefix, has_turn
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import Message, Preference
-from orpo_plugins.row_formats import common_prefix
 
 _STAND_IN = "~stand-in~"
 """Stands for a message's content where only the template around it is of interest."""
+_USUAL_TURNS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<start_of_turn>",
+    "<|turn>",
+    "<|start|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "[INST]",
+)
+"""What the best-known chat templates begin a turn with: looked for where the tokenizer has no template of its own."""
+_LONG_PROMPT = 20
+"""A prompt of so many characters does not stand at the beginning of both answers by chance."""
 
 
 class Texts(NamedTuple):
@@ -25,6 +39,9 @@ class Texts(NamedTuple):
     chosen_spans: list[tuple[int, int]] | None = None
     rejected_spans: list[tuple[int, int]] | None = None
     repaired: bool = False
+    """The answers held the whole conversation beside a prompt without the template, which was left out."""
+    restated: bool = False
+    """Both answers begin with the prompt's text, which so stands twice; nothing tells whether that is meant."""
 
 
 class TextBuilder:
@@ -85,7 +102,11 @@ class TextBuilder:
 
     def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> Texts:
         if not self._repeats_prompt(prompt, chosen, rejected):
-            return Texts(prompt, prompt + chosen, prompt + rejected)
+            own = prompt.strip()
+            restated = len(own) >= _LONG_PROMPT and all(
+                text.lstrip().startswith(own) and text.strip() != own for text in (chosen, rejected)
+            )
+            return Texts(prompt, prompt + chosen, prompt + rejected, restated=restated)
         shared = common_prefix(chosen, rejected)
         opening = self._answer_opening
         if opening and opening in shared:
@@ -95,19 +116,26 @@ class TextBuilder:
         return Texts(shared, chosen, rejected, repaired=True)
 
     def _repeats_prompt(self, prompt: str, chosen: str, rejected: str) -> bool:
-        """Whether both answers hold the whole conversation, so that prompt + answer would hold it twice."""
-        shared = common_prefix(chosen, rejected)
-        marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_marked(text)]
-        own = prompt.strip()
-        if marked and own[-40:] in shared:
+        """Whether both answers hold the whole conversation, so that prompt + answer would hold it twice.
+
+        Only turns tell: those that the chat template writes, or "Human:" and the like in the prompt.  A question that
+        both answers restate, or a short one that they happen to hold, is no conversation.
+        """
+        shared, own = common_prefix(chosen, rejected), prompt.strip()
+        marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_turn(text)]
+        if not marked:
+            goes_on = len(shared) < min(len(chosen), len(rejected))
+            return goes_on and len(own) >= _LONG_PROMPT and has_turn(own) and shared.lstrip().startswith(own)
+        opening = self._answer_opening
+        if opening and chosen.startswith(opening) and rejected.startswith(opening):
+            return False  # the answers' own turns alone
+        history = shared[: shared.rindex(opening)] if opening and opening in shared else shared
+        if len(marked) == 2 and own[-40:] in history:
             return True
-        # Without a marker a short prompt may stand in an answer by chance, and so may one that is all of an answer.
-        if not marked and len(own) >= 20 and own in shared and len(shared) < min(len(chosen), len(rejected)):
-            return True
-        if not marked or self._special_token.search(prompt):
+        if self._turn.search(prompt):
             return False
-        if len(marked) == 2 and self._answer_opening and self._answer_opening in shared:
-            return not shared.startswith(self._answer_opening)
+        if len(marked) == 2 and history != shared:
+            return True
         text = chosen if "chosen" in marked else rejected
         raise RowError(
             f"{' and '.join(marked)}: the text begins with a special token ({_start(text)}), the prompt "
@@ -116,10 +144,11 @@ class TextBuilder:
         )
 
     def _is_templated(self, plain: Preference) -> bool:
-        return any(self._starts_marked(str(text)) for text in (plain.prompt, plain.chosen, plain.rejected))
+        return any(self._starts_turn(str(text)) for text in (plain.prompt, plain.chosen, plain.rejected))
 
-    def _starts_marked(self, text: str) -> bool:
-        return self._special_token.match(text.lstrip()) is not None
+    def _starts_turn(self, text: str) -> bool:
+        """Whether a text begins as a chat template begins: with BOS, or with a turn."""
+        return self._turn.match(text.lstrip()) is not None
 
     def _chat_texts(self, preference: Preference) -> Texts:
         assert not isinstance(preference.prompt, str)
@@ -229,8 +258,30 @@ class TextBuilder:
         return re.compile(rf"(?:{self._special_pattern}|\s)+")
 
     @functools.cached_property
-    def _special_token(self) -> re.Pattern[str]:
-        return re.compile(self._special_pattern)
+    def _turn(self) -> re.Pattern[str]:
+        """What turns begin with, and BOS.  Other special tokens (`<think>`, a tool's) may begin an answer."""
+        bos, special = getattr(self.tokenizer, "bos_token", None), special_tokens(self.tokenizer).values()
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            markers = [marker for marker in _USUAL_TURNS if marker in special]
+        else:
+            roles = ("system", "user", "assistant", "tool")
+            openings = [self._answer_opening, *map(self._turn_opening, roles)]
+            markers = [marker for opening in openings if (marker := self._marker(opening, bos))]
+        markers = sorted({*markers, *([bos] if bos else [])}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, markers)) or "(?!)")
+
+    def _marker(self, opening: str, bos: str | None) -> str:
+        """The first special token of a turn's opening, or all of an opening that has none."""
+        own = opening.replace(bos, "") if bos else opening
+        found = re.search(self._special_pattern, own) if self._special_pattern else None
+        return found.group() if found else own.strip()
+
+    def _turn_opening(self, role: str) -> str:
+        """What the chat template writes before the content of a message; empty where it takes no such message first."""
+        try:
+            return self._render([{"role": role, "content": _STAND_IN}], {}).partition(_STAND_IN)[0]
+        except RowError:
+            return ""
 
     @functools.cached_property
     def _answer_opening(self) -> str:

@@ -185,6 +185,61 @@ def test_answers_that_repeat_a_long_prompt_without_markers_do_not_train_it_twice
     assert split(result.pair.chosen, GPT2) == (f"<|endoftext|>{prompt}", " of course<|endoftext|>")
 
 
+def with_special_tokens(*tokens: str, chat_template: bool = True) -> Any:
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    if not chat_template:
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+@pytest.mark.parametrize("token", ["<think>", "<|python_tag|>", "[TOOL_CALLS]", "<tool_call>"])
+def test_answers_may_begin_with_special_tokens_that_open_no_turn(token: str, chat_template: bool) -> None:
+    tokenizer = with_special_tokens(token, chat_template=chat_template)
+    row = {"prompt": "what is the price", "chosen": f"{token} easy", "rejected": f"{token} hard"}
+    result = built(row, tokenizer)
+    assert not result.repaired
+    assert split(result.pair.chosen, tokenizer) == ("<s>what is the price", f"{token} easy<|im_end|>")
+    alone = built({**row, "rejected": "hard"}, tokenizer)
+    assert split(alone.pair.chosen, tokenizer)[1] == f"{token} easy<|im_end|>"
+
+
+@pytest.mark.parametrize("row", [{"instruction": "the price"}, {"system": "well", "prompt": "the price"}])
+def test_special_tokens_at_the_start_of_answers_do_not_switch_the_template_off(row: dict[str, Any]) -> None:
+    tokenizer = with_special_tokens("<think>")
+    result = built({**row, "chosen": "<think>easy", "rejected": "<think>hard"}, tokenizer)
+    prompt, answer = split(result.pair.chosen, tokenizer)
+    assert prompt.endswith("<|im_start|>user\nthe price<|im_end|>\n<|im_start|>assistant\n")
+    assert answer == "<think>easy<|im_end|>\n<|im_end|>"
+
+
+def test_turns_whose_template_opens_them_with_text_alone_are_found() -> None:
+    answers = {name: f"[INST] the quick brown fox [/INST] {name}" for name in ("chosen", "rejected")}
+    result = built({"prompt": "the quick brown fox", **answers}, INST)
+    assert result.repaired
+    assert split(result.pair.chosen, INST)[0].endswith("[INST] the quick brown fox [/INST]")
+
+
+@pytest.mark.parametrize("prompt", ["hi", "the dog"])
+def test_a_prompt_that_answers_of_the_template_happen_to_hold_stays(prompt: str) -> None:
+    opening = "<|im_start|>assistant\n"
+    result = built({"prompt": prompt, "chosen": f"{opening}{prompt} there", "rejected": f"{opening}{prompt} you"})
+    assert not result.repaired
+    assert split(result.pair.chosen) == (f"<s>{prompt}", f"{opening}{prompt} there<|im_end|>")
+
+
+def test_a_question_that_both_answers_restate_stays_and_is_reported() -> None:
+    question = "what is the price of one parcel"
+    row = {"prompt": question, "chosen": f"{question}? it is 12", "rejected": f"{question}? it is 46"}
+    result = built(row)
+    assert (result.repaired, result.restated) == (False, True)
+    assert split(result.pair.chosen)[0] == f"<s>{question}"
+    later = {"prompt": question, "chosen": f"you ask {question}: 12", "rejected": f"you ask {question}: 46"}
+    assert not built(later).repaired
+    assert not built(later).restated
+
+
 def test_a_short_prompt_may_stand_in_an_answer() -> None:
     result = built({"prompt": "the dog", "chosen": "the dog sleeps", "rejected": "the dog jumps"})
     assert not result.repaired
@@ -239,7 +294,6 @@ def test_templated_text_that_cannot_be_told_from_the_prompt_is_refused(chosen: s
             {"prompt": [user("Q")], "chosen": [assistant("")], "rejected": [assistant("B")]},
             "the chosen answer is empty",
         ),
-        ({"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [user("B")]}, "the rejected answer is empty"),
         ({"prompt": "Q", "chosen": "<|im_end|>", "rejected": "B"}, "the chosen answer holds special tokens only"),
         (
             {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("<s> <|im_end|>")]},

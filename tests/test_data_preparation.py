@@ -279,6 +279,11 @@ PROMPT = "Human: please cancel my order Assistant:"
             {"prompt": PROMPT, "chosen": f"{PROMPT} yes", "rejected": f"{PROMPT} no"},
             "no prompt is trained twice: row 1",
         ),
+        (
+            {"prompt": (q := "please cancel my order"), "chosen": f"{q}? yes", "rejected": f"{q}? no"},
+            "both answers of 1 rows begin with the text of their prompt, which is trained twice there. If they hold "
+            "the whole text, leave the prompt column out: what both share is the prompt then: row 1",
+        ),
         ({"prompt": PROMPT, "chosen": " it", "rejected": " it"}, "dropped 1: chosen equals rejected: row 1"),
         ({"prompt": "fox " * 1100, "chosen": " it", "rejected": " no"}, "truncated: 1 prompts, 0 chosen"),
         (ROWS[2], None),

@@ -1,14 +1,16 @@
 """Every way in which datasets write preferences, and every row that is none of them."""
 
+import json
 import re
 from typing import Any
 
 import pytest
 
 from orpo_plugins import get_plugin_manager, hookimpl
+from orpo_plugins.conversations import common_prefix
 from orpo_plugins.errors import RowError
 from orpo_plugins.interfaces import Preference, RowFormat
-from orpo_plugins.row_formats import common_prefix, orpo_row_formats, parse_row
+from orpo_plugins.row_formats import orpo_row_formats, parse_row
 
 
 def user(text: str) -> dict[str, Any]:
@@ -97,6 +99,205 @@ def test_a_message_list_that_repeats_its_prompt_is_not_read_twice() -> None:
 def test_a_prompt_column_completes_answers_that_share_a_system_message_alone() -> None:
     row = {"prompt": "Q", "chosen": [system("S"), assistant("A")], "rejected": [system("S"), assistant("B")]}
     assert parts(parse_row(row, 0)) == ([system("S"), user("Q")], [assistant("A")], [assistant("B")])
+
+
+WHOLE = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
+ANSWERS = {"chosen": [assistant("A")], "rejected": [assistant("B")]}
+STRING_ANSWERS = {"chosen": "A", "rejected": "B"}
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+@pytest.mark.parametrize("answers", [WHOLE, ANSWERS, STRING_ANSWERS], ids=["whole", "answers", "strings"])
+@pytest.mark.parametrize("end", [[], [assistant("A")], [assistant("B ")]], ids=["no answer", "chosen", "rejected"])
+def test_a_conversation_beside_the_answers_is_read_once_whatever_both_hold(
+    column: str, answers: dict[str, Any], end: list[Any]
+) -> None:
+    assert parts(parse_row({column: [user("Q"), *end], **answers}, 0)) == CHAT
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [user("Q ")],
+        [user("\nQ")],
+        [{**user("Q"), "message_id": "7", "weight": 1}],
+        [user([{"type": "text", "text": "Q"}])],  # type: ignore[arg-type]
+    ],
+    ids=["space", "newline", "more keys", "content in parts"],
+)
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_a_question_that_differs_in_nothing_that_is_said_stands_once(column: str, prompt: list[Any]) -> None:
+    assert parts(parse_row({column: prompt, **WHOLE}, 0)) == (prompt, *CHAT[1:])
+
+
+@pytest.mark.parametrize("where", ["prompt", "chosen", "rejected"])
+def test_a_system_message_may_stand_at_one_place_alone(where: str) -> None:
+    row = {"prompt": [user("Q")], **WHOLE}
+    expected = ([system("S"), user("Q")], *CHAT[1:])
+    assert parts(parse_row({**row, where: [system("S"), *row[where]]}, 0)) == expected
+    if where != "prompt":
+        assert parts(parse_row({**WHOLE, where: [system("S"), *WHOLE[where]]}, 0)) == expected
+
+
+def test_two_system_messages_are_refused() -> None:
+    row = {"chosen": [system("S"), *WHOLE["chosen"]], "rejected": [system("T"), *WHOLE["rejected"]]}
+    with pytest.raises(RowError, match="two system messages, 'S' and 'T', and both answers need the same prompt. Keep"):
+        parse_row(row, 0)
+
+
+def test_the_last_question_of_a_conversation_may_stand_beside_it() -> None:
+    earlier = [user("P"), assistant("O")]
+    row = {name: [*earlier, *messages] for name, messages in WHOLE.items()}
+    expected = ([*earlier, user("Q")], *CHAT[1:])
+    assert parts(parse_row({"prompt": [user("Q")], **row}, 0)) == expected
+    assert parts(parse_row({"prompt": [*earlier, user("Q")], **row}, 0)) == expected
+
+
+def test_one_answer_may_hold_the_whole_conversation() -> None:
+    for row in (
+        {**WHOLE, "rejected": "B"},
+        {**WHOLE, "chosen": assistant("A")},
+        {**WHOLE, "chosen": ANSWERS["chosen"]},
+    ):
+        assert parts(parse_row(row, 0)) == CHAT
+        assert parts(parse_row({"prompt": [user("Q")], **row}, 0)) == CHAT
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_another_conversation_beside_whole_ones_is_refused(column: str) -> None:
+    message = (
+        f"row 3 \\(.*\\): column '{column}' \\('P'\\) and the conversations in 'chosen' and 'rejected' \\('Q'\\) "
+        f"do not begin alike. Make them agree, or leave column '{column}' out"
+    )
+    row = {column: [user("P")], **WHOLE}
+    with pytest.raises(RowError, match=message):
+        parse_row(row, 3)
+    del row[column]  # the advice
+    assert parts(parse_row(row, 3)) == CHAT
+
+
+def test_a_conversation_that_ends_with_a_third_answer_is_refused_beside_two_answers() -> None:
+    row = {"messages": [user("Q"), assistant("C")], **STRING_ANSWERS}
+    with pytest.raises(RowError, match=r"ends with an assistant's message \('C'\) that is neither answer.*Take that"):
+        parse_row(row, 0)
+    assert parts(parse_row({"messages": [user("Q"), assistant("C")], **WHOLE}, 0)) == CHAT  # which hold the question
+
+
+@pytest.mark.parametrize("name", ["prompt", "instruction"])
+def test_a_string_beside_message_lists_is_their_question(name: str) -> None:
+    assert parts(parse_row({name: "Q", **ANSWERS}, 0)) == CHAT
+    assert parts(parse_row({name: "Q", **WHOLE}, 0)) == CHAT
+    assert parts(parse_row({name: "another name of it", **WHOLE}, 0)) == CHAT
+
+
+def test_answers_without_any_question_are_refused_and_the_advice_works() -> None:
+    row = {"question": "Q", **ANSWERS}
+    with pytest.raises(RowError, match=r"hold answers alone, and no question. Did you mean .*'question', 'prompt'"):
+        parse_row(row, 0)
+    assert parts(parse_row({"prompt": row.pop("question"), **row}, 0)) == CHAT
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("Q"), assistant("A")], "rejected_response": "B"},
+        {"messages": [user("Q"), assistant("A")], "rejected_messages": [user("Q"), assistant("B")]},
+        {"query": "Q", "response": "A", "rejected_response": "B"},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_rows_of_ms_swift(row: dict[str, Any]) -> None:
+    assert parts(parse_row(row, 0)) == CHAT
+    assert parse_row({**row, "tools": [{"name": "f"}]}, 0).template_arguments == {"tools": [{"name": "f"}]}
+
+
+def test_a_row_of_ms_swift_without_an_answer_is_refused() -> None:
+    with pytest.raises(
+        RowError, match=r"row 2 \(ms-swift\): column 'messages' does not end with an assistant's message"
+    ):
+        parse_row({"messages": [user("Q")], "rejected_response": "B"}, 2)
+
+
+@pytest.mark.parametrize(
+    "write", [json.dumps, str, lambda value: json.dumps(value, indent=1)], ids=["json", "repr", "indent"]
+)
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Q", **WHOLE}, {"prompt": [user("Q")], **ANSWERS}, {"messages": [user("Q")], **ANSWERS}, WHOLE]
+)
+def test_message_lists_written_as_text_are_read(row: dict[str, Any], write: Any) -> None:
+    written = {name: value if isinstance(value, str) else write(value) for name, value in row.items()}
+    assert parts(parse_row(written, 0)) == CHAT
+    sharegpt = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    assert parts(parse_row({**written, "chosen": write(sharegpt), "prompt": "Q"}, 0))[1] == CHAT[1]
+
+
+def test_message_lists_as_numpy_prints_them_are_refused() -> None:
+    text = "[{'role': 'user', 'content': 'Q'}\n {'role': 'assistant', 'content': 'A'}]"
+    with pytest.raises(
+        RowError, match="row 4: column 'chosen' is the text of a list of messages .* Write the lists as"
+    ):
+        parse_row({"prompt": "Q", "chosen": text, "rejected": "B"}, 4)
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"content": "A"}', '[{"value": 3}]', "{'role' is a word", '["A", "B"]', "{}", "[{}]"]
+)
+def test_answers_in_json_are_answers(answer: str) -> None:
+    assert parts(parse_row({"prompt": "Q", "chosen": answer, "rejected": "B"}, 0)) == ("Q", answer, "B")
+
+
+def test_arrays_of_numpy_are_lists() -> None:
+    numpy = pytest.importorskip("numpy")
+    row = {name: numpy.array(messages, dtype=object) for name, messages in WHOLE.items()}
+    assert parts(parse_row({**row, "score": numpy.float32(1)}, 0)) == CHAT
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [
+        ("human", "user"),
+        ("prompter", "user"),
+        ("Human", "user"),
+        ("ai", "assistant"),
+        ("AI", "assistant"),
+        ("Assistant", "assistant"),
+        ("observation", "tool"),
+        ("ipython", "ipython"),
+    ],
+)
+def test_roles_have_several_names(role: str, known: str) -> None:
+    row = {"prompt": [user("P"), {"role": role, "content": "Q"}], **ANSWERS}
+    assert parse_row(row, 0).prompt[-1]["role"] == known  # type: ignore[index]
+
+
+@pytest.mark.parametrize("row", [{"prompt": [user("Q")]}, {"messages": [user("Q")]}, {"prompt": "Q"}, {}])
+@pytest.mark.parametrize("role", ["user", "narrator"])
+def test_an_answer_without_an_assistant_is_refused_with_its_roles(row: dict[str, Any], role: str) -> None:
+    answer = {"role": role, "content": "B"}
+    rejected = [answer] if role == "narrator" and row else [user("Q"), answer]
+    chosen = ANSWERS["chosen"] if len(rejected) == 1 else WHOLE["chosen"]
+    with pytest.raises(RowError) as caught:
+        parse_row({**row, "chosen": chosen, "rejected": rejected}, 5)
+    assert "row 5 (" in str(caught.value)
+    assert f"the rejected answer has no message of an assistant: message 0 has the role {role!r}" in str(caught.value)
+    assert "human, prompter, gpt, chatgpt, ai, bot" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": "A", "rejected": "half \ud83d"},
+        {"prompt": [user("Q")], "chosen": "A", "rejected": [assistant("half \ud83d")]},
+        {"chosen": WHOLE["chosen"], "rejected": [user("Q"), assistant([{"type": "text", "text": "half \ud83d"}])]},  # type: ignore[arg-type]
+        {"instruction": "Q", "chosen": "A", "rejected": "half \ud83d"},
+    ],
+)
+def test_half_a_surrogate_pair_is_named_and_the_repair_works(row: dict[str, Any]) -> None:
+    with pytest.raises(
+        RowError, match=r"row 6 .*column 'rejected' holds '\\ud83d' at position 5, half of a surrogate pair"
+    ):
+        parse_row(row, 6)
+    assert "half \ud83d".encode("utf-16", "surrogatepass").decode("utf-16", "replace") == "half \ufffd"
 
 
 def test_where_histories_differ_the_prompt_is_what_is_shared() -> None:
@@ -194,6 +395,98 @@ def test_a_missing_or_renamed_column_shows_what_was_found_and_what_is_known(row:
     assert ", ".join(f"{column} (str)" for column in row) in text
     assert advice in text
     assert all(f"{row_format.name}: {row_format.columns}" in text for row_format in orpo_row_formats())
+
+
+@pytest.mark.parametrize("value", [12, 0.5, True])
+def test_the_advice_for_a_value_that_is_no_string_works(value: Any) -> None:
+    row = {**STRINGS, "prompt": value}
+    advice = "Make it a string (dataset.cast_column('prompt', datasets.Value('string')), or str(...) where rows are"
+    with pytest.raises(RowError, match=re.escape(advice)):
+        parse_row(row, 0)
+    assert parts(parse_row({**row, "prompt": str(value)}, 0)) == (str(value), "A", "B")
+    datasets = pytest.importorskip("datasets")
+    (cast,) = datasets.Dataset.from_list([row]).cast_column("prompt", datasets.Value("string"))
+    assert parse_row(cast, 0).prompt in (str(value), str(value).lower())
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_a_value_that_is_missing_is_not_to_be_made_a_string(value: Any, column: str) -> None:
+    with pytest.raises(
+        RowError, match=rf"column '{column}' is .*, expected a string. Fill it in, or filter the row out"
+    ):
+        parse_row({**STRINGS, column: value}, 0)
+
+
+ALIKE = {"chosen": "Step 1: add. 4", "rejected": "Step 1: add. 5"}
+
+
+@pytest.mark.parametrize("column", ["trajectory", "text", "article", "Frage", "task"])
+@pytest.mark.parametrize("answers", [ALIKE, STRING_ANSWERS], ids=["alike", "different"])
+def test_a_prompt_in_a_column_that_nobody_knows_is_named(column: str, answers: dict[str, str]) -> None:
+    row = {column: "find the sum", "id": "a b c", "source": "a web page", "chosen_model": "m 1", **answers}
+    with pytest.raises(RowError) as caught:
+        parse_row(row, 1)
+    assert "there is no 'prompt' column" in str(caught.value)
+    assert f"Did you mean dataset.rename_column('{column}', 'prompt')?" in str(caught.value)
+    row["prompt"] = row.pop(column)
+    assert parse_row(row, 1).prompt == "find the sum"
+
+
+def test_the_advice_for_a_column_that_holds_no_prompt_works() -> None:
+    row = {"remark": "seen twice", **ALIKE}
+    with pytest.raises(RowError, match=re.escape("'remark' would not be read")) as caught:
+        parse_row(row, 1)
+    assert "If the prompt is in the answers: dataset.remove_columns(['remark'])" in str(caught.value)
+    assert parts(parse_row(ALIKE, 1)) == ("Step 1: add.", " 4", " 5")
+
+
+@pytest.mark.parametrize(
+    "history",
+    ["\n\nHuman: Q\n\nAssistant:", "### Question: Q\n### Response:", "[INST] Q [/INST]", "<|user|>Q<|assistant|>"],
+)
+def test_texts_with_turns_hold_their_prompt_whatever_stands_beside_them(history: str) -> None:
+    row = {"remark": "seen twice", "chosen": f"{history} gladly", "rejected": f"{history} never"}
+    assert parts(parse_row(row, 0)) == (history, " gladly", " never")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("the sky is blue", "the sky is black", ("the sky is", " blue", " black")),
+        ("take 12 parcels", "take 13 parcels", ("take", " 12 parcels", " 13 parcels")),
+        ("ask the desk", "ask the desks", ("ask the", " desk", " desks")),
+        ("the sky. Blue", "the sky. It is", ("the sky.", " Blue", " It is")),
+        ("問: 天気\n答: 晴れ", "問: 天気\n答: 大雨", ("問: 天気\n答:", " 晴れ", " 大雨")),
+        ("今日は晴れ", "今日は大雨", ("今日は", "晴れ", "大雨")),
+        ("yes, it is", "yes, it isn't", ("yes, it", " is", " isn't")),
+    ],
+)
+def test_an_implicit_prompt_ends_at_a_word(chosen: str, rejected: str, expected: tuple[str, str, str]) -> None:
+    assert parts(parse_row({"chosen": chosen, "rejected": rejected}, 0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("I can", "I cannot"), ("refund", "refuse"), ("- yes", "- no"), ("12", "13")]
+)
+def test_answers_that_share_no_word_have_no_prompt(chosen: str, rejected: str) -> None:
+    with pytest.raises(RowError, match="there is no 'prompt' column, and 'chosen' and 'rejected' do not begin alike"):
+        parse_row({"chosen": chosen, "rejected": rejected}, 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": 5, "chosen": "A", "rejected": "B"},
+        {"question": "Q", "answer": "A", "rejected": None},
+        {"messages": [user("Q")], "answer": "A"},
+    ],
+)
+def test_no_rename_is_advised_after_which_the_row_would_be_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row(row, 0)
+    assert "rename_column" not in str(caught.value)
+    assert "Missing: " in str(caught.value)
 
 
 def test_strings_without_a_prompt_have_to_begin_alike() -> None:

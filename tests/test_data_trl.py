@@ -62,7 +62,6 @@ def assistant(text: str) -> dict[str, str]:
         {"prompt": "answer", "chosen": "ing machines", "rejected": " the dog"},
         {"prompt": "Q:\n", "chosen": "\nthe fox", "rejected": "the dog"},
         {"chosen": "my order: of course", "rejected": "my order: never"},
-        {"chosen": "my order: refund", "rejected": "my order: really"},
     ],
     ids=[
         "space before",
@@ -71,11 +70,20 @@ def assistant(text: str) -> dict[str, str]:
         "merge in one answer",
         "newlines",
         "implicit",
-        "implicit word",
     ],
 )
 def test_rows_of_strings(name: str, row: dict[str, str]) -> None:
     assert_same(TOKENIZERS[name], row)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_implicit_prompt_ends_at_a_word_where_trl_cuts_the_word(name: str) -> None:
+    row = {"chosen": "my order: refund", "rejected": "my order: really"}
+    ours, theirs = our_row(TOKENIZERS[name], row), trl_row(TOKENIZERS[name], row)
+    assert ours["rejected_input_ids"] == theirs["rejected_input_ids"]
+    answer = [token for token in ours["rejected_labels"] if token != -100]
+    assert TOKENIZERS[name].decode(answer, skip_special_tokens=True).strip() == "really"
+    assert sum(token != -100 for token in theirs["rejected_labels"]) < len(answer)
 
 
 def test_bos_and_eos_in_the_text_are_not_doubled() -> None:

@@ -42,6 +42,9 @@ class ORPOInputArgs(BaseModel):
     orpo_layout_check: bool | None = Field(
         default=None, description="Whether the layout is compared with padded on two pairs before training (true)."
     )
+    orpo_show_example: bool | None = Field(
+        default=None, description="Whether one pair is logged as text before training (true)."
+    )
     orpo_nll_over: str | None = Field(
         default=None, description="NLL over prompt and chosen answer (sequence) or the chosen answer (completion)."
     )

@@ -41,6 +41,7 @@ class BeforeTraining(TrainerCallback):
         """Called by the Trainer between wrapping the model and the first batch."""
         self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
         self.trainer.tell_tokens()
+        log_example(self.trainer)
 
 
 def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool) -> None:
@@ -116,6 +117,22 @@ def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
         if len(paired) == _PAIRS:
             break
     return [*paired, *alone][:_PAIRS]
+
+
+def log_example(trainer: Any) -> None:
+    """Logs the first pair that can be used as text, on the main process, once per run.
+
+    A stream's first row may be there only once: its collator logs it with the first batch.
+    """
+    collator, rows = trainer.data_collator, trainer.train_dataset
+    if not isinstance(collator, ORPOCollator) or not collator.show_example:
+        return
+    is_stream = isinstance(rows, IterableDataset) or not has_length(rows)
+    collator.example_is_logged = not is_stream
+    if is_stream or not trainer.is_world_process_zero():
+        return
+    for pair in _first_pairs(rows, collator)[:1]:
+        collator.log_example(pair)
 
 
 # ---- tokens

@@ -78,6 +78,9 @@ class ORPOOwnFields:
     layout_check: bool = field(
         default=True, metadata={"help": "Compare the layout with padded on two pairs before training."}
     )
+    show_example: bool = field(
+        default=True, metadata={"help": "Log one pair as text before training: prompt, answers, what is labelled."}
+    )
     loss_terms: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Per-pair terms of plugins to add, as {name: weight}."}
     )

@@ -257,6 +257,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
         padding_value=args.padding_value,
         sft_rows=args.sft_rows,
         train_on=args.train_on,
+        show_example=args.show_example,
     )
 
 

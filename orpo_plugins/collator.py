@@ -4,14 +4,17 @@ Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # nee
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from orpo_plugins import plugins
 from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.example_pair import example_text
 from orpo_plugins.forward import NLL_OVER
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.pairs import BuiltPair, PairOptions
@@ -37,6 +40,7 @@ class ORPOCollator:
         pad_to_multiple_of: rounds the width of *padded* batches up.
         sft_rows: whether a row may have no rejected answer (see `PairOptions`).
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
+        show_example: whether the first pair of the first batch is logged as text.
 
     Returns (when called on a list of rows):
         What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
@@ -62,6 +66,7 @@ class ORPOCollator:
         padding_value: int | None = None,
         sft_rows: bool = False,
         train_on: str = "all_assistant",
+        show_example: bool = True,
     ) -> None:
         self.layout = plugins.layout("padded" if layout == "auto" else layout)
         options = PairOptions(
@@ -84,6 +89,8 @@ class ORPOCollator:
         self.nll_over = nll_over
         self.pad_to_multiple_of = pad_to_multiple_of
         self.left_out: Counter[str] = Counter()
+        self.show_example = show_example
+        self.example_is_logged = False
         self._read = RowTokenizer(tokenizer, options)
         self.pad_token_id = pad_token_id(tokenizer) if padding_value is None else padding_value
         if self.pad_token_id < 0:
@@ -94,11 +101,19 @@ class ORPOCollator:
         if not rows:
             raise BatchError("the batch has no rows")
         pairs = self.pairs(rows)
+        if self.show_example and not self.example_is_logged and _is_first_process():
+            self.log_example(pairs[0])
         batch = self.layout.collate(pairs, pad_token_id=self.pad_token_id, nll_over=self.nll_over)
         weights, margins = [pair.weight for pair in pairs], [pair.margin for pair in pairs]
         if any(weight != 1 for weight in weights) or any(margins):
             batch["labels"] = with_weights(batch["labels"], weights, margins)
         return self._widened(batch) if self.pad_to_multiple_of else batch
+
+    def log_example(self, pair: Pair) -> None:
+        """Logs a pair as text, in place of the first one of the next batch."""
+        # As loud as a warning: nobody would see it otherwise, and it shows what no count of rows does.
+        logger.warning("%s", example_text(pair, self.tokenizer, nll_over=self.nll_over))
+        self.example_is_logged = True
 
     def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
         """The usable rows as pairs."""
@@ -136,6 +151,12 @@ class ORPOCollator:
             "attention_mask": pad(batch["attention_mask"], (0, more), value=0),
             "labels": labels,
         }
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first rank, and in it the first worker of a loader."""
+    worker = get_worker_info()
+    return os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0)
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -101,7 +101,7 @@ def test_lengths_are_honoured() -> None:
 
 
 def test_a_row_that_cannot_be_used_is_left_out_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    collator = ORPOCollator(TOKENIZER)
+    collator = ORPOCollator(TOKENIZER, show_example=False)
     with caplog.at_level(logging.WARNING, logger="orpo_plugins.collator"):
         for _ in range(2):
             assert_equal(collator([EQUAL, *RAW, EQUAL]), collator(RAW))

@@ -131,9 +131,15 @@ class PairBuilder:
 
     def __init__(self, tokenizer: Any, options: PairOptions | None = None) -> None:
         if getattr(tokenizer, "eos_token_id", None) is None:
+            has_template = getattr(tokenizer, "chat_template", None) is not None
             raise ConfigError(
                 "the tokenizer has no EOS token, so the model would never learn where an answer ends: set "
-                "tokenizer.eos_token to a token of its vocabulary, or call orpo_plugins.setup_chat_format"
+                "tokenizer.eos_token to "
+                + (
+                    "what its chat template ends an answer with"
+                    if has_template
+                    else "a token of its vocabulary, or call orpo_plugins.setup_chat_format"
+                )
             )
         self.tokenizer = tokenizer
         self.options = PairOptions() if options is None else options

@@ -24,6 +24,7 @@ from orpo_plugins.row_values import (
     TEXT_ONLY,
     Row,
     assistant,
+    history_of,
     kind,
     looks_like_a_message,
     message_lists_in_texts,
@@ -149,7 +150,10 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preferen
 def _alone(preference: Preference, row_format: RowFormat) -> Preference:
     """The preference without the rejected answer, whose place the chosen one has taken so that a format could read."""
     if row_format.name == _IMPLICIT_STRINGS:
-        raise RowError("there is no 'prompt' column and no rejected answer, so where the answer begins is not known")
+        raise RowError(
+            "there is no 'prompt' column and no rejected answer, so where the answer begins is not known. Give the row "
+            "a prompt"
+        )
     plain = None if preference.plain is None else replace(preference.plain, rejected=None)
     return replace(preference, rejected=None, plain=plain)
 
@@ -180,7 +184,7 @@ def _parse_swift(row: Row) -> Preference:
 
 def _parse_swift_strings(row: Row) -> Preference:
     query, chosen, rejected = (text_of(row, name) for name in ("query", "response", "rejected_response"))
-    return _chat(row, [*_history(row), *user(query)], assistant(chosen), assistant(rejected))
+    return _chat(row, [*history_of(row), *user(query)], assistant(chosen), assistant(rejected))
 
 
 def _conversation_column(row: Row) -> str | None:
@@ -201,7 +205,7 @@ def _parse_sharegpt(row: Row) -> Preference:
 def _parse_alpaca(row: Row) -> Preference:
     instruction, given = text_of(row, "instruction"), text_of(row, "input", default="")
     question = _question(row, "instruction")
-    prompt = _history(row)
+    prompt = history_of(row)
     sections = [f"### Instruction:\n{instruction}\n\n"]
     if given.strip():
         sections.append(f"### Input:\n{given}\n\n")
@@ -211,18 +215,13 @@ def _parse_alpaca(row: Row) -> Preference:
     return _chat(row, prompt + user(question), assistant(chosen), assistant(rejected), plain=None if prompt else plain)
 
 
-def _history(row: Row) -> list[Message]:
-    """The turns of a `history` column: pairs of a question and its answer."""
-    return [message for turn in row.get("history") or [] for message in (*user(turn[0]), *assistant(turn[1]))]
-
-
 def _parse_implicit(row: Row) -> Preference:
     prompt, chosen, rejected = question_and_answers([], messages_of(row, "chosen"), messages_of(row, "rejected"))
     if any(message["role"] == "user" for message in prompt):
         return _chat(row, prompt, chosen, rejected)  # whole conversations: a string beside them is their question
     column = next((name for name in ("prompt", "instruction") if isinstance(row.get(name), str)), None)
     if column is not None:
-        return _chat(row, *_parts(row, column, [*_history(row), *user(_question(row, column))]))
+        return _chat(row, *_parts(row, column, [*history_of(row), *user(_question(row, column))]))
     if not prompt and chosen and rejected and not any(map(is_whole, (chosen, rejected))):
         raise RowError(f"the messages of 'chosen' and 'rejected' hold answers alone, and no question. {_advice(row)}")
     return _chat(row, prompt, chosen, rejected)

@@ -68,12 +68,26 @@ def system_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        return _encodable(value, "column 'system'")
     if isinstance(value, list | tuple):
         parts = [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in value]
         if all(isinstance(part, str) for part in parts):
             return "\n".join(parts)
     raise RowError(f"column 'system' is {kind(value)}, expected a string or a list of strings")
+
+
+def history_of(row: Row) -> list[Message]:
+    """The messages of a `history` column: earlier turns as [question, answer] pairs or as messages, or their JSON."""
+    value = row.get("history")
+    turns = _from_json(value, "column 'history'") if isinstance(value, str) and value.strip() else value
+    if not turns:
+        return []
+    if isinstance(turns, list | tuple) and all(map(looks_like_a_message, turns)):
+        return messages_of({"history": turns}, "history")
+    if not isinstance(turns, list | tuple) or not all(isinstance(t, list | tuple) and len(t) == 2 for t in turns):
+        raise RowError(f"column 'history' is {kind(value)}, expected a list of [question, answer] pairs, or messages")
+    texts = [text_of({"history": text}, "history") for turn in turns for text in turn]
+    return [m for text, role in zip(texts, (user, assistant) * len(turns), strict=True) for m in role(text)]
 
 
 def text_of(row: Row, column: str, default: str | None = None) -> str:

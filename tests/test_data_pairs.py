@@ -342,8 +342,14 @@ def test_a_long_history_of_its_own_may_leave_no_room_for_an_answer() -> None:
 def test_a_tokenizer_without_eos_is_refused() -> None:
     tokenizer = gpt2_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="the tokenizer has no EOS token.*set tokenizer.eos_token"):
+    with pytest.raises(ConfigError, match="the tokenizer has no EOS token.*set tokenizer.eos_token.*setup_chat_format"):
         PairBuilder(tokenizer)
+    templated = chatml_tokenizer()
+    templated.eos_token = None
+    with pytest.raises(ConfigError, match="set tokenizer.eos_token to what its chat template ends an answer with$"):
+        PairBuilder(templated)  # setup_chat_format would refuse it
+    templated.eos_token = "<|im_end|>"
+    PairBuilder(templated)
 
 
 def test_a_conversation_needs_a_chat_template() -> None:

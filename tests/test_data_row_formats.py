@@ -79,6 +79,15 @@ CHAT = ([user("Q")], [assistant("A")], [assistant("B")])
             {"instruction": "Q", "history": [["P", "O"]], "chosen": "A", "rejected": "B"},
             ([user("P"), assistant("O"), user("Q")], [assistant("A")], [assistant("B")]),
         ),
+        (
+            {"instruction": "Q", "history": json.dumps([["P", "O"]]), "chosen": "A", "rejected": "B"},
+            ([user("P"), assistant("O"), user("Q")], [assistant("A")], [assistant("B")]),
+        ),
+        (
+            {"query": "Q", "history": [user("P"), assistant("O")], "response": "A", "rejected_response": "B"},
+            ([user("P"), assistant("O"), user("Q")], [assistant("A")], [assistant("B")]),
+        ),
+        ({"instruction": "Q", "history": "", "chosen": "A", "rejected": "B"}, CHAT),
         ({"chosen": "Human: Q A", "rejected": "Human: Q B"}, ("Human: Q", " A", " B")),
     ],
 )
@@ -363,6 +372,14 @@ STRINGS = {"prompt": "Q", "chosen": "A", "rejected": "B"}
         ),
         ({"chosen": ["Q", "A"], "rejected": ["Q", "B"]}, "message 0 of column 'chosen' is str 'Q', expected a mapping"),
         ({"instruction": None, "chosen": "A", "rejected": "B"}, "row 7 (alpaca): column 'instruction' is None"),
+        (
+            {"instruction": "Q", "history": [["P"]], "chosen": "A", "rejected": "B"},
+            "row 7 (alpaca): column 'history' is list [['P']], expected a list of [question, answer] pairs, or",
+        ),
+        (
+            {"instruction": "Q", "history": "P", "chosen": "A", "rejected": "B"},
+            "column 'history' is str 'P', which is no",
+        ),
         ("Q", "row 7: expected a mapping from column to value, got str 'Q'"),
     ],
 )

@@ -8,14 +8,15 @@ With l = softcap(scale * (hidden @ weight.T + bias)), J = dl / d(hidden @ weight
 Everything that is special about the objective is in the numbers w [N], and these come from autograd on tensors of
 size [N] once the log-probabilities are known.  So no matrix of the vocabulary's width is ever scaled by w.
 
-    scan        for each tile: E = 2^(l * log2(e) - reference), others += sum(E), expected += (E * J) @ weight
-                afterwards: d hidden = w * ((1 - p[token]) * J[token] * weight[token] - expected / sum)
-    d weight    only where asked for, for each tile of the vocabulary: (E * J).T @ (w / sum * hidden), with E either
-                kept from the scan (3 matrix products in all) or computed again (4)
+    scan.py             one pass over all tiles: log-probabilities, and d logp / d hidden (matrix products 1 and 2)
+    hidden_gradient.py  keeps d logp / d hidden until w is known, then multiplies
+    weight_gradient.py  only for a trainable head: d weight from tiles that the scan kept (matrix product 3), or from
+                        tiles that are computed again (products 3 and 4)
 
-Numerics.  The target's own entry is left out of E, and its logit is a dot product in fp32: log p = -log1p(others / e),
-so that log p <= 0 holds for every rounding and 1 - p keeps its digits where p is close to 1.  The reference is a
-running maximum, rounded up to an integer: moving it multiplies by a power of two, which rounds nothing.
+Numerics.  The target's own entry is left out of the sum of exponentials, and its logit is a dot product in fp32:
+log p = -log1p(exp_sum / exp_target), so that log p <= 0 holds for every rounding and 1 - p keeps its digits where p is
+close to 1.  The running maximum is rounded up to an integer: a new one multiplies by a power of two, which rounds
+nothing.
 """
 
 from collections.abc import Callable
@@ -116,12 +117,14 @@ class _TiledHead(torch.autograd.Function):
             tiling = Tiling.plan(len(predictions.rows), weight, options, trainable=trainable, widens=steps.widens)
             gradient = HiddenGradient.of(hidden, predictions.rows, options) if need_hidden else None
             order = None if gradient is None else gradient.order
-            rows, tokens = taken(predictions.rows, order), taken(predictions.tokens, order)
+            rows, tokens = reordered(predictions.rows, order), reordered(predictions.tokens, order)
             inputs = Operands(hidden, weight, bias, rows, tokens, Transform.of(options), tiling, steps)
             found = scan(inputs, gradient, need_means=options.logit_means, need_weight=trainable)
-            logit_means = None if found.logit_means is None else put_back(found.logit_means, order)
-            loss, nll, means, w = differentiate(put_back(found.logps, order), predictions, objective, need_w=any(needs))
-            w, ctx.unit = in_safe_unit(taken(w, order), hidden.dtype)
+            logit_means = None if found.logit_means is None else in_table_order(found.logit_means, order)
+            loss, nll, means, w = differentiate(
+                in_table_order(found.logps, order), predictions, objective, need_w=any(needs)
+            )
+            w, ctx.unit = in_safe_unit(reordered(w, order), hidden.dtype)
             d_hidden = None if gradient is None else gradient.finish(w * inputs.transform.derivative, tiling.piece)
             d_weight = WeightGradient.compute(inputs, found, w, need_weight=need_weight, need_bias=need_bias)
             ctx.gradients = [d_hidden, *d_weight]
@@ -147,13 +150,13 @@ class _TiledHead(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def taken(values: Tensor, order: Tensor | None) -> Tensor:
+def reordered(values: Tensor, order: Tensor | None) -> Tensor:
     """values[order]; `put_back` is the inverse."""
     return values if order is None else values[order]
 
 
-def put_back(values: Tensor, order: Tensor | None) -> Tensor:
-    """From the order in which lines were taken to that of the table."""
+def in_table_order(values: Tensor, order: Tensor | None) -> Tensor:
+    """From the order in which targets were read to that of the table."""
     return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
 

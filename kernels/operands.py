@@ -4,72 +4,76 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.kernels.products import Blocks, product_less, times_transposed, working_dtype
-from orpo_plugins.kernels.tile_steps import Tile, TileSteps, Transform, bent_targets
+from orpo_plugins.kernels.tile_steps import Tile, TileSteps, Transform, softcapped_targets
 from orpo_plugins.kernels.tiling import Tiling, blank, cut
 
 
 class Operands:
-    """Inputs; lines in the order of `rows` [N] and `tokens` [N]."""
+    """Inputs; targets in the order of `positions` [N], rows of the hidden states, and `token_ids` [N]."""
 
     def __init__(
         self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        rows: Tensor,
-        tokens: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
         transform: Transform,
         tiling: Tiling,
         steps: TileSteps,
     ) -> None:
         self.dtype = working_dtype(hidden.dtype, hidden.device, widens=steps.widens)
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self._hidden, self.weight, self.rows, self.tokens = hidden, weight, rows, tokens
+        self._hidden, self.weight, self.positions, self.token_ids = hidden, weight, positions, token_ids
         self.bias = None if bias is None else bias.to(self.wide)
         self.transform, self.tiling, self.steps = transform, tiling, steps
         # With a bias the largest logits say little about the largest products.
         self.centered = self.dtype == torch.bfloat16 and not hidden.is_cuda and steps.takes_centers and bias is None
         self._memory: dict[str, Tensor] = {}
 
-    def gather(self, lines: slice) -> Tensor:
-        """[lines, H]: hidden states in the working dtype."""
-        return self._hidden.index_select(0, self.rows[lines]).to(self.dtype)
+    def gather(self, targets: slice) -> Tensor:
+        """[targets, H]: hidden states in the working dtype."""
+        return self._hidden.index_select(0, self.positions[targets]).to(self.dtype)
 
     def target_logits(self) -> tuple[Tensor, Tensor | None]:
-        """[N]: each line's target logit in base 2, by a dot product in fp32, and tanh's slope there."""
-        raw = torch.empty_like(self.tokens, dtype=self.wide)
-        for lines in cut(len(self.rows), self.tiling.piece):
-            raw[lines] = self.target_weights(lines).mul_(self.gather(lines)).sum(1)
-        return bent_targets(raw, None if self.bias is None else self.bias[self.tokens], self.transform)
+        """[N]: the logit of each target's token in base 2, by a dot product in fp32, and tanh's slope there."""
+        products = torch.empty_like(self.token_ids, dtype=self.wide)
+        for targets in cut(len(self.positions), self.tiling.piece):
+            products[targets] = self.target_weights(targets).mul_(self.gather(targets)).sum(1)
+        return softcapped_targets(products, None if self.bias is None else self.bias[self.token_ids], self.transform)
 
-    def target_weights(self, lines: slice) -> Tensor:
-        """[lines, H], wide: the weight's row of each line's target."""
-        return self.weight[self.tokens[lines]].to(self.wide)
+    def target_weights(self, targets: slice) -> Tensor:
+        """[targets, H], wide: the weight's row of each target's token."""
+        return self.weight[self.token_ids[targets]].to(self.wide)
 
     def tile_of_weight(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         """[columns, H] in the working dtype, and the bias."""
         return self.weight[columns].to(self.dtype), None if self.bias is None else self.bias[columns]
 
-    def center(self, reference: Tensor) -> Tensor | None:
-        """[lines]: what to take off the raw products of a line whose largest logits are about `reference`.
+    def center(self, running_max: Tensor) -> Tensor | None:
+        """[targets]: what to subtract from the products of a target whose largest logits are about `running_max`.
 
         Where results of bf16 products are rounded to bf16, as on a CPU: rounded relative to the largest, the errors
         are large only where probabilities are small.  fp32, of values that bf16 holds.
         """
-        return self.transform.raw_near(reference).to(self.dtype).float() if self.centered else None
+        return self.transform.products_near(running_max).to(self.dtype).float() if self.centered else None
 
-    def raw(self, a: Tensor, b: Tensor | Blocks, center: Tensor | None) -> Tensor:
+    def products(self, a: Tensor, b: Tensor | Blocks, center: Tensor | None) -> Tensor:
         """a @ b.T - center, in memory of its own until the next call."""
-        memory = self._reused("raw", len(a), len(b))
+        memory = self._reused("products", len(a), len(b))
         if center is None:
             return times_transposed(a, b, memory)
         assert isinstance(b, Tensor)
         return product_less(a, b, center, memory)
 
-    def tile(self, raw: Tensor, center: Tensor | None, bias: Tensor | None, lines: slice, columns: slice) -> Tile:
-        """Raw products of some lines and columns, with the lines' targets."""
-        targets = self.tokens[lines] - columns.start
-        return Tile(raw=raw, center=center, bias=bias, targets=targets, transform=self.transform)
+    def tile(
+        self, products: Tensor, center: Tensor | None, bias: Tensor | None, targets: slice, columns: slice
+    ) -> Tile:
+        """Products of some targets and columns, with the columns of the targets' tokens."""
+        target_columns = self.token_ids[targets] - columns.start
+        return Tile(
+            products=products, center=center, bias=bias, target_columns=target_columns, transform=self.transform
+        )
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b.T in the widest dtype at hand, in memory of its own until the next call."""
@@ -79,16 +83,16 @@ class Operands:
         wide = self._reused("wide product", len(a), len(b), torch.float32)
         return product if wide is None else wide.copy_(product)
 
-    def _reused(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    def _reused(self, name: str, positions: int, columns: int, dtype: torch.dtype | None = None) -> Tensor | None:
         """Memory for results that a CPU leaves in bf16; None where products come wide, in memory of their own."""
         # New memory for each tile would be handed back to the system and faulted in again, page by page.
         if self.dtype != torch.bfloat16 or self._hidden.is_cuda:
             return None
         memory = self._memory.get(name)
-        if memory is None or memory.numel() < rows * columns:
-            memory = self._memory[name] = blank((rows * columns,), self._hidden, dtype or self.dtype)
-        return memory[: rows * columns].view(rows, columns)
+        if memory is None or memory.numel() < positions * columns:
+            memory = self._memory[name] = blank((positions * columns,), self._hidden, dtype or self.dtype)
+        return memory[: positions * columns].view(positions, columns)
 
-    def like(self, raw: Tensor) -> Tensor:
-        """Where a tile goes to be multiplied: `raw` itself unless it is too wide."""
-        return raw if raw.dtype == self.dtype else torch.empty_like(raw, dtype=self.dtype)
+    def like(self, products: Tensor) -> Tensor:
+        """Where a tile goes to be multiplied: `products` itself unless it is too wide."""
+        return products if products.dtype == self.dtype else torch.empty_like(products, dtype=self.dtype)

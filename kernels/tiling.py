@@ -14,57 +14,57 @@ from orpo_plugins.kernels.products import SUMMED, working_dtype
 class Tiling:
     """How the [N, V] logits are cut."""
 
-    lines: int
-    """Lines per tile of the scan; their hidden states are gathered once for the whole vocabulary."""
+    targets: int
+    """Targets per tile of the scan; their hidden states are gathered once for the whole vocabulary."""
     columns: int
     """Vocabulary entries per tile of the scan."""
     block: int
-    """Lines that one product of the weight's gradient sums over."""
+    """Targets that one product of the weight's gradient sums over."""
     width: int
     """Vocabulary entries per tile of the weight's gradient."""
     kept: int
-    """Tiles of the vocabulary whose probabilities are kept from the scan, for all lines."""
+    """Tiles of the vocabulary whose probabilities are kept from the scan, for all targets."""
 
     @property
     def piece(self) -> int:
-        """Lines that are taken at once where no matrix product is waiting for many."""
-        return max(1, self.lines // 4)
+        """Targets that are read at once where no matrix product is waiting for many."""
+        return max(1, self.targets // 4)
 
     @property
     def strip(self) -> int:
-        """Vocabulary entries of the weight's gradient that are finished, over all lines, before the next are begun."""
+        """Vocabulary entries of the weight's gradient that are finished, over all targets, before others begin."""
         return 2 * self.columns
 
     @classmethod
     def plan(
         cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool, widens: bool = False
     ) -> "Tiling":
-        """For `count` lines: tiles that stay in a CPU's caches, or fill a GPU; smaller ones where the budget asks."""
+        """For `count` targets: tiles that stay in a CPU's caches, or fill a GPU; smaller ones where the budget asks."""
         vocabulary, hidden_size = weight.shape
         itemsize = working_dtype(weight.dtype, weight.device, widens=widens).itemsize
 
-        def working_set(lines: int, columns: int) -> int:
-            return lines * columns * (4 + itemsize) + 4 * hidden_size * (4 * lines + columns)
+        def working_set(targets: int, columns: int) -> int:
+            return targets * columns * (4 + itemsize) + 4 * hidden_size * (4 * targets + columns)
 
         if weight.is_cuda:
-            lines, columns, smallest = 4096, 8192, 2**21
+            targets, columns, smallest = 4096, 8192, 2**21
         elif itemsize == 2:
-            lines, columns, smallest = 512, 1024 * _threads(), 2**16
+            targets, columns, smallest = 512, 1024 * _threads(), 2**16
         else:
-            lines, columns, smallest = 1024 // itemsize, 640 * _threads(), 2**15
+            targets, columns, smallest = 1024 // itemsize, 640 * _threads(), 2**15
         budget = options.memory_budget
-        while budget is not None and budget < working_set(lines, columns) and lines * columns > smallest:
-            lines, columns = (lines // 2, columns) if 2 * lines >= columns else (lines, columns // 2)
-        block, width = _weight_tile(count, lines, columns, weight, itemsize)
-        lines, columns = _even(count, lines), min(columns, vocabulary)
+        while budget is not None and budget < working_set(targets, columns) and targets * columns > smallest:
+            targets, columns = (targets // 2, columns) if 2 * targets >= columns else (targets, columns // 2)
+        block, width = _weight_tile(count, targets, columns, weight, itemsize)
+        targets, columns = _even(count, targets), min(columns, vocabulary)
         kept = 0
         if trainable and count:
             spare = 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
             if budget is not None:
-                spare = max(0, budget - working_set(lines, columns) - count * hidden_size * itemsize)
+                spare = max(0, budget - working_set(targets, columns) - count * hidden_size * itemsize)
             kept = spare // (count * columns * itemsize)
         return cls(
-            lines=lines,
+            targets=targets,
             columns=columns,
             block=block,
             width=width,
@@ -72,13 +72,13 @@ class Tiling:
         )
 
 
-def _weight_tile(count: int, lines: int, columns: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
+def _weight_tile(count: int, targets: int, columns: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
     """(block, width) of about as many entries as a tile of the scan has, or fewer."""
-    entries = lines * columns
+    entries = targets * columns
     if weight.is_cuda:
         most = 8192
     elif itemsize == 2:
-        most = entries // 128  # few partial sums over lines, since each is rounded
+        most = entries // 128  # few partial sums over targets, since each is rounded
     else:
         most, entries = SUMMED, entries // 2  # the product is as wide as the hidden states and takes the other half
     block = min(most, max(count, 1))
@@ -92,7 +92,7 @@ def _threads() -> int:
 
 
 def _even(count: int, most: int) -> int:
-    """Lines per tile: tiles of about one size, instead of full ones and a small rest that costs as many calls."""
+    """Targets per tile: tiles of about one size, instead of full ones and a small rest that costs as many calls."""
     tiles = -(-count // most)
     return max(count, 1) if tiles <= 1 else min(most, -(-count // (32 * tiles)) * 32)
 

@@ -1,4 +1,17 @@
-"""The gradients of the output matrix and its bias, each part of them written once."""
+"""The gradients of the output matrix and its bias, each part of them written once.
+
+With the symbols of `scan`, and w_t = d loss / d logp_t:
+
+    d weight[v] = sum over t of -w_t * J_tv * (p_tv - [v = y_t]) * h_t
+
+Steps:
+
+    1. coefficients c_t = -w_t / z_t, so that only the [N] numbers, never a matrix of the vocabulary's width, hold w
+    2. for the tiles that the scan has kept: bring each to the final running maximum, write -(1 - p_y) * z at the
+       targets' tokens, and multiply: tile.T @ (c * hidden)           matrix product 3
+    3. for every other strip of the vocabulary: compute its tiles again, transposed, with c in them before anything is
+       rounded to 16 bits, and sum tile @ hidden over blocks of targets  matrix products 3 and 4
+"""
 
 from collections.abc import Iterator
 
@@ -8,18 +21,18 @@ from torch import Tensor
 from orpo_plugins.kernels.operands import Operands
 from orpo_plugins.kernels.products import Blocks, in_blocks, times_transposed
 from orpo_plugins.kernels.scan import Scan
-from orpo_plugins.kernels.tile_steps import put
+from orpo_plugins.kernels.tile_steps import scatter_targets
 from orpo_plugins.kernels.tiling import cut
 
 
 class WeightGradient:
-    """d weight [V, H] and d bias [V] of a scan whose lines weigh w [N] in the loss."""
+    """d weight [V, H] and d bias [V] of a scan whose targets weigh w [N] in the loss."""
 
     def __init__(self, inputs: Operands, scan: Scan, w: Tensor, *, need_weight: bool, need_bias: bool) -> None:
         self._inputs, self._scan = inputs, scan
-        self._coefficients = (w * -inputs.transform.derivative).div_(scan.total)
-        self._at_target = -scan.others if scan.target_slope is None else -scan.others * scan.target_slope
-        weight, count = inputs.weight, len(inputs.rows)
+        self._coefficients = (w * -inputs.transform.derivative).div_(scan.normalizer)
+        self._at_target = -scan.exp_sum if scan.target_slope is None else -scan.exp_sum * scan.target_slope
+        weight, count = inputs.weight, len(inputs.positions)
         make = torch.empty_like if count else torch.zeros_like
         self.weight = make(weight) if need_weight else None
         self.bias = make(weight[:, 0]) if need_bias else None
@@ -34,19 +47,20 @@ class WeightGradient:
         gradient = cls(inputs, scan, w, need_weight=need_weight, need_bias=need_bias)
         done = scan.kept.columns[-1].stop if scan.kept.columns else 0
         gradient._from_kept_tiles()
-        if len(inputs.rows):
+        if len(inputs.positions):
             for strip in cut(len(inputs.weight), inputs.tiling.strip, start=done):
                 gradient._strip(strip)
         return gradient.weight, gradient.bias
 
     def _from_kept_tiles(self) -> None:
+        """Step 2."""
         inputs, kept = self._inputs, self._scan.kept
         if not kept.columns:
             return
-        rows = inputs.gather(slice(0, len(inputs.rows)))
-        for lines in cut(len(rows), inputs.tiling.piece):
-            rows[lines] *= self._coefficients[lines, None]
-        for_weight = in_blocks(rows.T)
+        positions = inputs.gather(slice(0, len(inputs.positions)))
+        for targets in cut(len(positions), inputs.tiling.piece):
+            positions[targets] *= self._coefficients[targets, None]
+        for_weight = in_blocks(positions.T)
         for columns, tile in self._kept_tiles():
             if self.weight is not None:
                 times_transposed(tile, for_weight, self.weight[columns])
@@ -55,27 +69,27 @@ class WeightGradient:
         kept.tiles.clear()
 
     def _kept_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, tile [columns, lines]) with all tiles at the final reference."""
+        """(columns, tile [columns, targets]) with all tiles at the final running maximum."""
         kept = self._scan.kept
-        for columns, tile, reference in zip(kept.columns, kept.tiles, kept.references, strict=True):
-            tile *= torch.exp2(reference - self._scan.reference)[:, None].to(tile.dtype)
-            put(tile, 1, self._inputs.tokens - columns.start, self._at_target)
+        for columns, tile, running_max in zip(kept.columns, kept.tiles, kept.running_maxima, strict=True):
+            tile *= torch.exp2(running_max - self._scan.running_max)[:, None].to(tile.dtype)
+            scatter_targets(tile, 1, self._inputs.token_ids - columns.start, self._at_target)
             yield columns, tile.T
 
     def _strip(self, strip: slice) -> None:
-        """Some vocabulary entries, over all lines, with their tiles computed again."""
-        inputs, count = self._inputs, len(self._inputs.rows)
+        """Step 3: some vocabulary entries, over all targets, with their tiles computed again."""
+        inputs, count = self._inputs, len(self._inputs.positions)
         weight, bias = (self._sums(out, strip) for out in (self.weight, self.bias))
-        for lines in cut(count, inputs.tiling.block):
-            hidden = inputs.gather(lines)
+        for targets in cut(count, inputs.tiling.block):
+            hidden = inputs.gather(targets)
             for_logits, for_weight = in_blocks(hidden), in_blocks(hidden.T)
             for columns in self._tiles(strip):
-                tile = self._again(columns, lines, for_logits)
+                tile = self._recomputed_tile(columns, targets, for_logits)
                 here = slice(columns.start - strip.start, columns.stop - strip.start)
                 if weight is not None:
-                    _add(weight[here], times_transposed(tile, for_weight), first=lines.start == 0)
+                    _add(weight[here], times_transposed(tile, for_weight), first=targets.start == 0)
                 if bias is not None:
-                    _add(bias[here], tile.sum(1, dtype=inputs.wide), first=lines.start == 0)
+                    _add(bias[here], tile.sum(1, dtype=inputs.wide), first=targets.start == 0)
                 del tile
         for out, sums in ((self.weight, weight), (self.bias, bias)):
             if out is not None and sums is not None and sums.dtype != out.dtype:
@@ -90,22 +104,24 @@ class WeightGradient:
         """Where a part of `out` is summed up: itself, unless several sums would be rounded to 16 bits."""
         if out is None:
             return None
-        once = len(self._inputs.rows) <= self._inputs.tiling.block
+        once = len(self._inputs.positions) <= self._inputs.tiling.block
         if once or out.dtype == self._inputs.wide:
             return out[strip]
         return torch.empty_like(out[strip], dtype=self._inputs.wide)
 
-    def _again(self, columns: slice, lines: slice, hidden: Tensor | Blocks) -> Tensor:
-        """A tile [columns, lines], computed a second time; its lines scaled before anything is rounded to 16 bits."""
-        # Transposed, because then both this product and the one with the rows read their operands as they lie.
-        inputs, reference = self._inputs, self._scan.reference[lines]
+    def _recomputed_tile(self, columns: slice, targets: slice, hidden: Tensor | Blocks) -> Tensor:
+        """A tile [columns, targets], computed a second time and scaled before anything is rounded to 16 bits."""
+        # Transposed: so both this product and the one with the hidden states read their operands as they are stored.
+        inputs, running_max = self._inputs, self._scan.running_max[targets]
         weight, bias = inputs.tile_of_weight(columns)
         # The scan's own: a term that is rounded otherwise than in the sum that divides it is not a probability.
-        center = self._scan.centers[columns.start // inputs.tiling.columns][lines].float() if inputs.centered else None
-        raw = inputs.raw(weight, hidden, None if center is None else center[None, :])
-        out = inputs.like(raw)
-        tile = inputs.tile(raw, center, bias, lines, columns)
-        inputs.steps.gradient(tile, reference, self._at_target[lines], self._coefficients[lines], out)
+        center = (
+            self._scan.centers[columns.start // inputs.tiling.columns][targets].float() if inputs.centered else None
+        )
+        products = inputs.products(weight, hidden, None if center is None else center[None, :])
+        out = inputs.like(products)
+        tile = inputs.tile(products, center, bias, targets, columns)
+        inputs.steps.gradient(tile, running_max, self._at_target[targets], self._coefficients[targets], out)
         return out
 
 

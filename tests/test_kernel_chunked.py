@@ -24,7 +24,7 @@ RAGGED = {
     "answers of one token": {"pairs": 3, "length": 5, "ignored": 1.0},
     "odd everything": {"pairs": 3, "length": 7, "width": 33, "vocabulary": 513},
     "vocabulary of one tile and one": {"pairs": 1, "length": 4, "vocabulary": 513},
-    "more lines than a tile": {"pairs": 2, "length": 259, "width": 5, "vocabulary": 67, "ignored": 0.0},
+    "more targets than a tile": {"pairs": 2, "length": 259, "width": 5, "vocabulary": 67, "ignored": 0.0},
     "prompts in the NLL alone": {"pairs": 2, "length": 12, "prompt": 6},
     "large logits": {"pairs": 2, "length": 6, "scale": 12.0, "vocabulary": 700},
     "bias": {"pairs": 2, "length": 8, "bias": True, "vocabulary": 600},
@@ -52,13 +52,13 @@ def assert_same(actual, expected, tolerance):
 @pytest.fixture(params=[(512, 512, 4096, 512), (5, 64, 7, 24)], ids=["one tile", "many tiles"])
 def tile_sizes(request, monkeypatch):
     """Tile sizes: those in use, and some that cut even the smallest case."""
-    lines, columns, block, width = request.param
+    targets, columns, block, width = request.param
     plan = chunked.Tiling.plan
 
     def cut(count, weight, options, **named):
         kept = plan(count, weight, options, **named).kept
         tiles = min(kept, math.ceil(len(weight) / columns))
-        return chunked.Tiling(lines=lines, columns=columns, block=block, width=width, kept=tiles)
+        return chunked.Tiling(targets=targets, columns=columns, block=block, width=width, kept=tiles)
 
     monkeypatch.setattr(chunked.Tiling, "plan", cut)
     return request.param
@@ -96,17 +96,17 @@ def test_a_small_budget_takes_smaller_tiles_and_a_large_one_keeps_them():
         budget: chunked.Tiling.plan(1500, weight, HeadOptions(memory_budget=budget), trainable=True)
         for budget in (0, 2**20, None, 2**30)
     }
-    sizes = [plan.lines * plan.columns for plan in plans.values()]
+    sizes = [plan.targets * plan.columns for plan in plans.values()]
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
     assert [plan.kept for plan in plans.values()] == [0, 0, 0, math.ceil(4096 / plans[2**30].columns)]
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 257, 769, 1500])
 def test_tiles_are_of_about_one_size(count):
-    lines = chunked.Tiling.plan(count, torch.empty(99, 8), HeadOptions(), trainable=False).lines
-    assert lines * (math.ceil(count / lines) - 1) < count <= lines * math.ceil(count / lines)
-    assert lines <= 256
-    assert math.ceil(count / lines) == math.ceil(count / 256)
+    targets = chunked.Tiling.plan(count, torch.empty(99, 8), HeadOptions(), trainable=False).targets
+    assert targets * (math.ceil(count / targets) - 1) < count <= targets * math.ceil(count / targets)
+    assert targets <= 256
+    assert math.ceil(count / targets) == math.ceil(count / 256)
 
 
 @pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
@@ -175,7 +175,7 @@ def test_bf16_gradients_are_as_exact_where_a_wrong_token_is_certain(budget):
     assert_all_within(actual, expected, 3.5e-3)  # two roundings to bf16, and rounded logits that hardly count
 
 
-def test_few_lines_take_no_wide_tiles():
+def test_few_targets_take_no_wide_tiles():
     for count in (1, 2, 100):
         plan = chunked.Tiling.plan(count, torch.empty(10**6, 4), HeadOptions(), trainable=True)
         assert plan.width <= plan.columns

@@ -1,4 +1,4 @@
-"""Gradients of lines that wait for their factors in the memory that is returned."""
+"""Gradients of targets that wait for their factors in the memory that is returned."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from orpo_plugins.kernels.hidden_gradient import HiddenGradient
 
 
 @st.composite
-def rows_of_lines(draw):
-    """(M, rows [N]): some rows of M, in any order, each read by at most two lines."""
+def positions_of_targets(draw):
+    """(M, rows [N]): some rows of M, in any order, each read by at most two targets."""
     positions = draw(st.integers(1, 40))
     twice = [row for row in range(positions) for _ in range(2)]
     rows = draw(st.lists(st.sampled_from(twice), max_size=60))
@@ -30,18 +30,22 @@ def run(positions, rows, dtype, *, spare, at_once=3):
     for band in gradient.bands(at_once):
         sums = gradient.accumulator(band)
         sums.copy_(values[order[band]])
-        gradient.put(band, sums)
+        gradient.store(band, sums)
     expected = torch.zeros(positions, width, dtype=torch.float64)
     expected.index_add_(0, rows, values.double() * factors.double()[:, None])
     return gradient.finish(factors[order], at_once), expected
 
 
 @settings(deadline=None, max_examples=60)
-@given(case=rows_of_lines(), spare=st.sampled_from([0, 2**20]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_each_row_gets_the_weighted_sum_of_its_lines_and_the_rest_zero(case, spare, dtype):
+@given(
+    case=positions_of_targets(),
+    spare=st.sampled_from([0, 2**20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_each_row_gets_the_weighted_sum_of_its_targets_and_the_rest_zero(case, spare, dtype):
     gradient, expected = run(*case, dtype, spare=spare)
     assert gradient.dtype == dtype
-    # bf16: the sum of two lines is rounded after each addition, and may cancel.
+    # bf16: the sum of two targets is rounded after each addition, and may cancel.
     tolerance = 1e-6 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -51,7 +55,7 @@ def test_fp32_gradients_wait_in_the_memory_that_is_returned():
     gradient = HiddenGradient(hidden, torch.tensor([5, 2, 7]), spare=2**20)
     waiting = gradient.accumulator(slice(0, 3))
     waiting.fill_(1.0)
-    gradient.put(slice(0, 3), waiting)
+    gradient.store(slice(0, 3), waiting)
     returned = gradient.finish(torch.tensor([2.0, 3.0, 4.0]), piece=2)
     assert returned.data_ptr() == waiting.data_ptr()
     assert gradient.order.tolist() == [1, 0, 2]

@@ -46,7 +46,7 @@ def differences(case, transform, kept):
     manager = plugins.get_plugin_manager()
     if not manager.has_plugin("interpreted"):
         manager.register(OnAnyDevice, name="interpreted")
-        small = {"lines": 5, "columns": 64, "block": 7, "width": 24}
+        small = {"targets": 5, "columns": 64, "block": 7, "width": 24}
         plan = chunked.Tiling.plan
 
         def cut(count, weight, options, **named):

@@ -233,6 +233,7 @@ def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOpti
         encoder_decoder=encoder_decoder,
         sft_rows=args.sft_rows,
         train_on=args.train_on,
+        template_strings=args.template_strings,
     )
 
 
@@ -257,6 +258,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
         padding_value=args.padding_value,
         sft_rows=args.sft_rows,
         train_on=args.train_on,
+        template_strings=args.template_strings,
     )
 
 

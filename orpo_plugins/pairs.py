@@ -12,10 +12,10 @@ answer are labelled (TRL leaves some out, or gives up).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from orpo_plugins.errors import ConfigError
+from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import Pair, Preference, TokenSequence
 from orpo_plugins.predictions import IGNORE_INDEX
 from orpo_plugins.texts import TextBuilder, Texts, special_tokens
@@ -53,6 +53,9 @@ class PairOptions:
     train_on: str = "all_assistant"
     """Which assistant turns are the answer, where the two conversations go on for several: "all_assistant", or "last",
     with everything before the last turn as its prompt.  Turns that both have in common are prompt in either case."""
+    template_strings: bool = False
+    """Whether the chat template is applied to rows of strings: the prompt as a user's message, each answer as an
+    assistant's.  Strings that are templated already stay as they are."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -81,6 +84,10 @@ class BuiltPair:
     rejected_truncated: bool = False
     repaired: bool = False
     """The answers held the whole conversation beside a raw prompt, which was left out."""
+    strings_joined: bool = False
+    """Strings without a template in them, joined as they are."""
+    strings_templated: bool = False
+    """Strings that the chat template was applied to."""
 
     @property
     def sft_only(self) -> bool:
@@ -136,12 +143,18 @@ class PairBuilder:
         self.tokenizer = tokenizer
         self.options = PairOptions() if options is None else options
         self._write = TextBuilder(tokenizer)
+        if self.options.template_strings and getattr(tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                "template_strings=True needs a chat template and the tokenizer has none: set tokenizer.chat_template, "
+                "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
+            )
         self._special_ids = frozenset([*special_tokens(tokenizer), IGNORE_INDEX])
 
     def __call__(self, preference: Preference) -> BuiltPair | Dropped:
         """Builds one pair."""
         if reason := self._write.unusable(preference):
             return Dropped(reason=reason)
+        self._check_prompt(preference)
         texts = self._write(preference)
         if not texts.prompt.strip():
             return Dropped(reason="empty prompt")
@@ -152,7 +165,20 @@ class PairBuilder:
             if not self._special_ids.issuperset(answer.labels):
                 continue
             return Dropped(reason=f"the {name} answer is empty after tokenization")
-        return self.fit(*map(self._close, answers), repaired=texts.repaired)
+        built = self.fit(*map(self._close, answers), repaired=texts.repaired)
+        if isinstance(built, Dropped):
+            return built
+        return replace(built, strings_joined=texts.strings_joined, strings_templated=texts.strings_templated)
+
+    def _check_prompt(self, preference: Preference) -> None:
+        """Raises `RowError` where what the answers share would become a user's message: it may hold their beginning."""
+        if self.options.template_strings and isinstance(preference.prompt, str):
+            if self._write.is_templated(preference):
+                return
+            raise RowError(
+                "template_strings=True, and the row has no prompt column, so where the user's message ends is not "
+                "known: give the prompt a column of its own, or set template_strings=False"
+            )
 
     # ---- tokens
 

@@ -95,13 +95,14 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _TEXT_ONLY = "Drop such rows, or remove the column where the texts stand by themselves"
 
 
-def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preference:
+def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_strings: bool = False) -> Preference:
     """Reads a row with the first format of `plugins.row_formats()` that matches.
 
     Args:
         row: raw columns.
         index: the row's number (or any name for it), for messages.
         sft_rows: whether a row may have no rejected answer (no such column, or None in it).
+        template_strings: whether a row of strings becomes a conversation, where its prompt has a column of its own.
 
     Raises:
         RowError: no format matches (naming the columns found and the formats known), or a value does not fit.
@@ -117,7 +118,10 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preferen
     for row_format in plugins.row_formats():
         if row_format.matches(row):
             try:
-                return _alone(row_format.parse(row), row_format) if alone else row_format.parse(row)
+                preference = row_format.parse(row)
+                if template_strings and row_format.name != _IMPLICIT_STRINGS:
+                    preference = _as_conversation(preference, row)
+                return _alone(preference, row_format) if alone else preference
             except RowError as error:
                 raise RowError(f"{where} ({row_format.name}): {error}") from error
     raise RowError(f"{where}: {_unknown_format(row)}")
@@ -129,6 +133,15 @@ def _alone(preference: Preference, row_format: RowFormat) -> Preference:
         raise RowError("there is no 'prompt' column and no rejected answer, so where the answer begins is not known")
     plain = None if preference.plain is None else replace(preference.plain, rejected=None)
     return replace(preference, rejected=None, plain=plain)
+
+
+def _as_conversation(preference: Preference, row: Row) -> Preference:
+    """Strings as a user's message and an assistant's answers; the strings themselves stay beside them."""
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    if not (isinstance(prompt, str) and isinstance(chosen, str)):
+        return preference
+    chat = _chat(row, _user(prompt), _assistant(chosen), _assistant(str(rejected)), plain=preference)
+    return chat if rejected is not None else replace(chat, rejected=None)
 
 
 def common_prefix(*texts: str) -> str:

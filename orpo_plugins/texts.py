@@ -25,6 +25,10 @@ class Texts(NamedTuple):
     chosen_spans: list[tuple[int, int]] | None = None
     rejected_spans: list[tuple[int, int]] | None = None
     repaired: bool = False
+    strings_joined: bool = False
+    """Strings without a template in them, joined as they are."""
+    strings_templated: bool = False
+    """Strings that the chat template was applied to."""
 
 
 class TextBuilder:
@@ -74,14 +78,15 @@ class TextBuilder:
             preference = replace(preference, rejected=stand_in, plain=plain)
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
         plain = preference if isinstance(preference.prompt, str) else preference.plain
-        if plain is not None and (plain is preference or not has_template or self._is_templated(plain)):
-            return self._plain_texts(str(plain.prompt), str(plain.chosen), str(plain.rejected))
+        if plain is not None and (plain is preference or not has_template or self.is_templated(plain)):
+            texts = self._plain_texts(str(plain.prompt), str(plain.chosen), str(plain.rejected))
+            return texts._replace(strings_joined=not self.is_templated(plain))
         if not has_template:
             raise ConfigError(
                 "the dataset holds conversations but the tokenizer has no chat template: set tokenizer.chat_template, "
                 "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
             )
-        return self._chat_texts(preference)
+        return self._chat_texts(preference)._replace(strings_templated=preference.plain is not None)
 
     def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> Texts:
         if not self._repeats_prompt(prompt, chosen, rejected):
@@ -115,7 +120,8 @@ class TextBuilder:
             "twice, or not at all. Pass message lists, or strings without the template"
         )
 
-    def _is_templated(self, plain: Preference) -> bool:
+    def is_templated(self, plain: Preference) -> bool:
+        """Whether a template has been applied to strings already."""
         return any(self._starts_marked(str(text)) for text in (plain.prompt, plain.chosen, plain.rejected))
 
     def _starts_marked(self, text: str) -> bool:

@@ -28,7 +28,12 @@ class RowTokenizer:
     def __call__(self, row: Mapping[str, Any], index: int | str) -> BuiltPair | Dropped:
         """Raises `RowError` with the row's number for a malformed row."""
         tokenized = isinstance(row, Mapping) and set(COLUMNS) <= set(row)
-        preference = None if tokenized else parse_row(row, index, sft_rows=self.builder.options.sft_rows)
+        options = self.builder.options
+        preference = (
+            None
+            if tokenized
+            else parse_row(row, index, sft_rows=options.sft_rows, template_strings=options.template_strings)
+        )
         try:
             numbers = {name: _number(row, name) for name in NUMBERS}
             if numbers["weight"] == 0:

@@ -75,6 +75,9 @@ class ORPOInputArgs(BaseModel):
     orpo_train_on: str | None = Field(
         default=None, description="Which assistant turns of an answer of several are trained: all_assistant or last."
     )
+    orpo_template_strings: bool | None = Field(
+        default=None, description="Whether the chat template is applied to rows of strings, in every dataset."
+    )
     orpo_columns: dict[str, list[dict[str, str]]] | None = Field(
         default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users."
     )

@@ -7,7 +7,7 @@ error, with the column's name, so that one bad row in a good dataset is not repo
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -394,12 +394,17 @@ def _unknown_format(row: Row) -> str:
 
 
 def _advice(row: Row) -> str:
-    renames = [(old, name) for name in ("prompt", "chosen", "rejected") if (old := _renamed(row, name)) is not None]
-    if renames:
+    if renames := likely_renames(row):
         calls = "".join(f".rename_column({old!r}, {name!r})" for old, name in renames)
         return f"Did you mean dataset{calls}?"
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     return f"Missing: {', '.join(missing)}. Rename columns, or register a row format of your own (docs/plugins.md)."
+
+
+def likely_renames(columns: Iterable[str]) -> list[tuple[str, str]]:
+    """Columns that look like `prompt`, `chosen` or `rejected` under another name: (its name, the name to give it)."""
+    row = dict.fromkeys(columns)
+    return [(old, name) for name in ("prompt", "chosen", "rejected") if (old := _renamed(row, name)) is not None]
 
 
 def _renamed(row: Row, column: str) -> str | None:

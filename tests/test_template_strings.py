@@ -91,4 +91,4 @@ def test_trainer_and_collator_have_it(tmp_path: Path) -> None:
     assert made.train_dataset[0]["chosen_input_ids"] == expected
     batch = ORPOCollator(tiny.tokenizer(), template_strings=True)([STRINGS])
     assert batch["input_ids"][0].tolist() == expected
-    assert made.data_collator([STRINGS])["input_ids"][0].tolist() == expected
+    assert made.data_collator.pairs([STRINGS])[0].chosen.input_ids == expected

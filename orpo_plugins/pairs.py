@@ -143,11 +143,7 @@ class PairBuilder:
         self.tokenizer = tokenizer
         self.options = PairOptions() if options is None else options
         self._write = TextBuilder(tokenizer)
-        if self.options.template_strings and getattr(tokenizer, "chat_template", None) is None:
-            raise ConfigError(
-                "template_strings=True needs a chat template and the tokenizer has none: set tokenizer.chat_template, "
-                "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
-            )
+        self._check_template()
         self._special_ids = frozenset([*special_tokens(tokenizer), IGNORE_INDEX])
 
     def __call__(self, preference: Preference) -> BuiltPair | Dropped:
@@ -161,14 +157,24 @@ class PairBuilder:
         if texts.chosen == texts.rejected:
             return Dropped(reason="chosen equals rejected")
         answers = self._tokens(texts)[: 1 if preference.rejected is None else 2]
+        built = self._fitted(answers, repaired=texts.repaired)
+        if isinstance(built, Dropped):
+            return built
+        return replace(built, strings_joined=texts.strings_joined, strings_templated=texts.strings_templated)
+
+    def _fitted(self, answers: Sequence[Answer], *, repaired: bool = False) -> BuiltPair | Dropped:
         for name, answer in zip(("chosen", "rejected"), answers, strict=False):
             if not self._special_ids.issuperset(answer.labels):
                 continue
             return Dropped(reason=f"the {name} answer is empty after tokenization")
-        built = self.fit(*map(self._close, answers), repaired=texts.repaired)
-        if isinstance(built, Dropped):
-            return built
-        return replace(built, strings_joined=texts.strings_joined, strings_templated=texts.strings_templated)
+        return self.fit(*map(self._close, answers), repaired=repaired)
+
+    def _check_template(self) -> None:
+        if self.options.template_strings and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                "template_strings=True needs a chat template and the tokenizer has none: set tokenizer.chat_template, "
+                "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
+            )
 
     def _check_prompt(self, preference: Preference) -> None:
         """Raises `RowError` where what the answers share would become a user's message: it may hold their beginning."""

@@ -5,6 +5,7 @@ Three texts come out: the prompt, and both whole conversations, each of which be
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -261,7 +262,8 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
     Without the unknown token: what is unknown to the tokenizer is text all the same.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    added = added if isinstance(added, Mapping) else {}  # of mistral-common's tokenizers it is a method that raises
     ids = [*tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))]
     unknown = {getattr(tokenizer, "unk_token_id", None)} - {tokenizer.eos_token_id}
     texts = zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)

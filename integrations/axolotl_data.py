@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
+from orpo_plugins.chat_id_pairs import gives_chats_as_ids
+from orpo_plugins.dataset_cache import tokenizer_identity
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.predictions import prompt_length
 
@@ -162,8 +164,7 @@ def cache_key(cfg: Any, split: str, tokenizer: Any) -> str:
         "version": __version__,
         "axolotl": generate_dataset_hash_from_config(cfg, cfg[split], tokenizer.name_or_path),
         "files": [_digest(Path(dataset.path)) for dataset in cfg[split] if dataset.path],
-        "chat_template": str(getattr(tokenizer, "chat_template", None)),
-        "vocabulary": len(tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer),
         "encoder_decoder": has_encoder(cfg),
         "keys": {key: value for key, value in cfg.items() if key in _KEYS_IN_CACHE},
     }
@@ -194,6 +195,7 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     from orpo_plugins.preparation import prepare_dataset
 
     name = f"{dataset.path}" + (f" ({dataset.name})" if dataset.name else "")
+    _check_format(dataset, tokenizer)
     rows = raw_rows(dataset, cfg)
     if dataset.type in OWN_TYPES:
         rows = _renamed(rows, columns, name)
@@ -206,10 +208,24 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     if report.all_whole():  # else it is in the log already, as a warning
         logger.info("%s", report.summary())
     if dataset.type in OWN_TYPES:
-        _tell_strings(name, report, template=dataset.chat_template or cfg.chat_template)
+        _tell_strings(name, report, template=_own_template(dataset) or cfg.chat_template)
     if strategy == "truncate":
         return pairs
     return within(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
+
+
+def _check_format(dataset: Any, tokenizer: Any) -> None:
+    """Raises `ConfigError` for keys that need text with special tokens, where the tokenizer encodes none."""
+    if not gives_chats_as_ids(tokenizer):
+        return
+    template = _own_template(dataset)
+    keys = {"type": None if dataset.type in OWN_TYPES else dataset.type, "chat_template": template}
+    for key, value in keys.items():
+        if value:
+            raise ConfigError(
+                f"dataset {dataset.path!r}: {key}: {value} writes text with special tokens, of which this tokenizer "
+                f"encodes none: like all of mistral-common's it has a chat format of its own. Leave {key} out"
+            )
 
 
 def raw_rows(dataset: Any, cfg: Any) -> Any:
@@ -342,9 +358,15 @@ def has_encoder(cfg: Any) -> bool:
     return True
 
 
+def _own_template(dataset: Any) -> str | None:
+    """The dataset's `chat_template`, where it names another than the tokenizer's."""
+    name = getattr(dataset.chat_template, "value", dataset.chat_template)
+    return None if name in (None, "", "tokenizer_default") else str(name)
+
+
 def _with_template(tokenizer: Any, dataset: Any) -> Any:
     """The tokenizer with the dataset's own chat template, where it names one."""
-    if not dataset.chat_template:
+    if _own_template(dataset) is None:
         return tokenizer
     from axolotl.utils.chat_templates import get_chat_template
 

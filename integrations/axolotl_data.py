@@ -24,6 +24,8 @@ from orpo_plugins import __version__
 from orpo_plugins.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.dataset_cache import tokenizer_identity
 from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.integrations.axolotl_arguments import is_ours
+from orpo_plugins.integrations.axolotl_wording import yaml_words
 from orpo_plugins.predictions import prompt_length
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def prepare_preference_datasets(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
     """(train, eval) for the config, by us where `rl: orpo` and the plugin are in it, else by Axolotl."""
     from axolotl.utils.data.rl import prepare_preference_datasets as native
 
-    if cfg.rl != "orpo" or "orpo_plugins.ORPOPlugin" not in (cfg.plugins or []):
+    if not is_ours(cfg):
         return native(cfg, tokenizer)  # type: ignore[no-any-return]
     return load(cfg, tokenizer)
 
@@ -97,6 +99,7 @@ def dataset_meta(cfg: Any) -> "TrainDatasetMeta":
     return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
 
 
+@yaml_words()
 def load(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
     """(train, eval) as tokenized pairs; eval is None without `test_datasets` and `val_set_size`.
 

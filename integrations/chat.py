@@ -225,7 +225,8 @@ def _has_chats(tokenizer: Any) -> bool:
 def _prompt(tokenizer: Any, messages: list[dict[str, str]], *, encoder: bool) -> list[int]:
     """The ids that the model goes on from, as in training."""
     if gives_chats_as_ids(tokenizer):
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        said = [message for message in messages if message["content"]]  # mistral-common refuses an empty answer
+        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
     if _has_chats(tokenizer):
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:

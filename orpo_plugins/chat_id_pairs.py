@@ -35,13 +35,14 @@ class ChatIdPairBuilder(PairBuilder):
 
     Raises:
         ConfigError: `apply_chat_template` refuses every conversation that ends with an answer.
-        RowError: a conversation that it refuses, or of which it leaves out an answer; strings with special tokens at
+        RowError: a conversation that it refuses, or of which it leaves out an answer; texts with special tokens at
             either end, which would be trained as text.
     """
 
     def __init__(self, tokenizer: Any, options: PairOptions | None = None) -> None:
         super().__init__(tokenizer, options)
         self._writes_tools = False
+        self._markers = tuple(text for text in special_tokens(tokenizer).values() if text)
         self._end = self._end_of_conversations()
         first, second = ([_QUESTION, {"role": "assistant", "content": answer}] for answer in _ANSWERS)
         ids = self._conversation(first, {})
@@ -52,8 +53,8 @@ class ChatIdPairBuilder(PairBuilder):
         if reason := self._write.unusable(preference):
             return Dropped(reason=reason)
         strings = preference if isinstance(preference.prompt, str) else preference.plain
-        if strings is not None:
-            self._check_strings(strings)
+        for name in ("prompt", "chosen", "rejected"):
+            self._check_text(name, getattr(preference if strings is None else strings, name))
         if strings is preference:
             return super().__call__(preference)
         answers = [
@@ -144,14 +145,14 @@ class ChatIdPairBuilder(PairBuilder):
 
     # ---- what would train something else in silence
 
-    def _check_strings(self, strings: Preference) -> None:
-        markers = tuple(text for text in special_tokens(self.tokenizer).values() if text)
-        for name in ("prompt", "chosen", "rejected"):
-            text = str(getattr(strings, name) or "").strip()
-            if text.startswith(markers) or text.endswith(markers):
+    def _check_text(self, column: str, value: Any) -> None:
+        contents = [value] if isinstance(value, str) else [message["content"] for message in value or []]
+        for content in contents:
+            text = content.strip() if isinstance(content, str) else ""
+            if text.startswith(self._markers) or text.endswith(self._markers):
                 raise RowError(
-                    f"column {name!r} has a special token at its beginning or end, which this tokenizer encodes as "
-                    "text: give message lists, or strings without the template"
+                    f"column {column!r} has a special token at the beginning or end of a text, where this tokenizer "
+                    "encodes it as text: give messages without special tokens, or strings without a template"
                 )
 
     def _check_tools(self, messages: list[Message], arguments: Mapping[str, Any], ids: list[int]) -> None:

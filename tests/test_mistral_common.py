@@ -197,8 +197,9 @@ def test_rows_without_a_rejected_answer() -> None:
 @pytest.mark.parametrize(
     ("row", "name", "message"),
     [
-        ({**STRINGS, "prompt": "<s>[INST]where[/INST]"}, "tekken", "column 'prompt' has a special token at its beginn"),
-        ({**STRINGS, "chosen": "tomorrow</s>"}, "v3", "column 'chosen' has a special token at its beginning or end"),
+        ({**STRINGS, "prompt": "<s>[INST]where[/INST]"}, "tekken", "column 'prompt' has a special token at the beg"),
+        ({**STRINGS, "chosen": "tomorrow</s>"}, "v3", "column 'chosen' has a special token at the beginning or end"),
+        ({**ROW, "chosen": [turn("assistant", "[TOOL_CALLS] tomorrow")]}, "v3", "column 'chosen' has a special token"),
         ({**ROW, "chosen": [turn("narrator", "so"), *ROW["chosen"]]}, "v3", "refuses the messages .*narrator"),
         ({**ROW, "tools": TOOLS}, "v1", "row 0: the row has tools, but the tokenizer does not write them"),
         ({**CALLS, "chosen": [*CALLS["chosen"], turn("user", "so"), turn("assistant", "no")]}, "v2", "not write all"),
@@ -276,4 +277,7 @@ def test_trainer_evaluation_saving_and_chat(name: str, tmp_path: Path) -> None:
     assert type(loaded) is type(tokenizer())
     question = [turn("user", "where is my parcel")]
     assert chat._prompt(loaded, question, encoder=False) == encoded(question, name, "test")
-    chat.chat(model, loaded, ["where is my parcel"], chat.ChatOptions(max_new_tokens=2, temperature=0))
+    said = chat.chat(model, loaded, ["where is my parcel", "hello"], chat.ChatOptions(max_new_tokens=2, temperature=0))
+    assert [message["role"] for message in said] == ["user", "assistant"] * 2
+    unheard = [*question, turn("assistant", ""), turn("user", "hello")]
+    assert chat._prompt(loaded, unheard, encoder=False)[-1] == encoded(question, name, "test")[-1]

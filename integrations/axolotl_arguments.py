@@ -6,6 +6,7 @@ orpo_nll_normalization: pair  # -> AxolotlORPOConfig.nll_normalization
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
@@ -78,6 +79,9 @@ class ORPOInputArgs(BaseModel):
     orpo_train_on: str | None = Field(
         default=None, description="Which assistant turns of an answer of several are trained: all_assistant or last."
     )
+    orpo_template_strings: bool | None = Field(
+        default=None, description="Whether the chat template is applied to rows of strings, in every dataset."
+    )
     orpo_columns: dict[str, list[dict[str, str]]] | None = Field(
         default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users."
     )
@@ -144,8 +148,38 @@ def check_beta(cfg: Mapping[str, Any]) -> None:
     if len(set(betas.values())) > 1:
         values = ", ".join(f"{name}: {value:g}" for name, value in betas.items())
         raise ConfigError(f"{values} are one option, the weight of the odds-ratio term: keep orpo_alpha alone")
-    for beta in betas.values():
-        check_coefficients(beta, 1.0)
+    for name, beta in betas.items():
+        try:
+            check_coefficients(beta, 1.0)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+
+
+def is_ours(cfg: Mapping[str, Any]) -> bool:
+    """Whether a config trains with ORPO and has the plugin: once it is loaded, it is asked about every config."""
+    return cfg.get("rl") == "orpo" and any(str(name).endswith("ORPOPlugin") for name in cfg.get("plugins") or [])
+
+
+def add_training_arguments() -> None:
+    """Gives our fields to `AxolotlORPOConfig`, and to the arguments of no other method.
+
+    A plugin's `get_training_args_mixin` (0.19.0) would give them to all methods, whose fields of the same names have
+    other defaults, and only if no run of the process, or import, has loaded Axolotl's arguments before.
+    """
+    from axolotl.core import training_args
+
+    from orpo_plugins.integrations.hf_config import ORPOOwnFields
+
+    if issubclass(training_args.AxolotlORPOConfig, ORPOOwnFields):
+        return
+
+    @dataclass
+    class AxolotlORPOConfig(ORPOOwnFields, training_args.AxolotlORPOConfig):  # type: ignore[misc]  # no types there
+        """Axolotl's arguments for ORPO with the plugin's."""
+
+    # By these names it is found again when saved arguments are loaded.
+    AxolotlORPOConfig.__module__, AxolotlORPOConfig.__qualname__ = training_args.__name__, AxolotlORPOConfig.__name__
+    training_args.AxolotlORPOConfig = AxolotlORPOConfig
 
 
 def check_steps(cfg: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """The way of Axolotl's datasets into tokenized pairs.
 
 A dataset without `type`, or with `type: orpo`, is read by our row formats (strings, conversations, ShareGPT, Alpaca,
-see docs/data.md), whatever its rows are; any other `type` is Axolotl's own and is applied first.  Either way the rows
-are tokenized here, once, and cached below `dataset_prepared_path`.
+see docs/data.md), whatever its rows are.  So is one with `type: chat_template`, and its strings are written with the
+chat template.  Any other `type` is Axolotl's own and is applied first.  Either way the rows are tokenized here, once,
+and cached below `dataset_prepared_path`.
 
 Rows longer than `sequence_len` follow Axolotl's `excess_length_strategy`: "drop" (its default), "truncate" or "raise".
 """
@@ -15,12 +16,16 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
+from orpo_plugins.chat_id_pairs import gives_chats_as_ids
+from orpo_plugins.dataset_cache import tokenizer_identity
 from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.integrations.axolotl_arguments import is_ours
+from orpo_plugins.integrations.axolotl_wording import yaml_words
 from orpo_plugins.predictions import prompt_length
 
 if TYPE_CHECKING:
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("axolotl.orpo_plugins")
 
-OWN_TYPES = (None, "orpo")
+CHAT_TYPES = ("chat_template", "chat_template.default", "orpo.chat_template")
+"""Values of a dataset's `type` that have strings written with the chat template, as the first two do for `rl: dpo`."""
+OWN_TYPES = (None, "orpo", *CHAT_TYPES)
 """Values of a dataset's `type` that stand for our row formats."""
 COLUMN_KEYS = {
     "field_prompt": "prompt",
@@ -73,7 +80,7 @@ def prepare_preference_datasets(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
     """(train, eval) for the config, by us where `rl: orpo` and the plugin are in it, else by Axolotl."""
     from axolotl.utils.data.rl import prepare_preference_datasets as native
 
-    if cfg.rl != "orpo" or "orpo_plugins.ORPOPlugin" not in (cfg.plugins or []):
+    if not is_ours(cfg):
         return native(cfg, tokenizer)  # type: ignore[no-any-return]
     return load(cfg, tokenizer)
 
@@ -92,6 +99,7 @@ def dataset_meta(cfg: Any) -> "TrainDatasetMeta":
     return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
 
 
+@yaml_words()
 def load(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
     """(train, eval) as tokenized pairs; eval is None without `test_datasets` and `val_set_size`.
 
@@ -159,8 +167,7 @@ def cache_key(cfg: Any, split: str, tokenizer: Any) -> str:
         "version": __version__,
         "axolotl": generate_dataset_hash_from_config(cfg, cfg[split], tokenizer.name_or_path),
         "files": [_digest(Path(dataset.path)) for dataset in cfg[split] if dataset.path],
-        "chat_template": str(getattr(tokenizer, "chat_template", None)),
-        "vocabulary": len(tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer),
         "encoder_decoder": has_encoder(cfg),
         "keys": {key: value for key, value in cfg.items() if key in _KEYS_IN_CACHE},
     }
@@ -173,6 +180,7 @@ _KEYS_IN_CACHE = (
     "orpo_max_completion_length",
     "orpo_max_prompt_length",
     "orpo_sft_rows",
+    "orpo_template_strings",
     "orpo_train_on",
     "orpo_truncation_mode",
     "seed",
@@ -190,20 +198,37 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     from orpo_plugins.preparation import prepare_dataset
 
     name = f"{dataset.path}" + (f" ({dataset.name})" if dataset.name else "")
+    _check_format(dataset, tokenizer)
     rows = raw_rows(dataset, cfg)
     if dataset.type in OWN_TYPES:
         rows = _renamed(rows, columns, name)
     else:
         rows = _native_rows(rows, dataset, cfg, tokenizer, index)
     strategy = length_strategy(cfg)
-    options = pair_options(cfg, truncate=strategy == "truncate")
+    options = pair_options(cfg, dataset, truncate=strategy == "truncate")
     processes = cfg.dataset_num_proc if len(rows) > _ROWS_PER_PROCESS else None
     pairs, report = prepare_dataset(rows, _with_template(tokenizer, dataset), options, num_proc=processes, name=name)
     if report.all_whole():  # else it is in the log already, as a warning
         logger.info("%s", report.summary())
+    if dataset.type in OWN_TYPES:
+        _tell_strings(name, report, template=_own_template(dataset) or cfg.chat_template)
     if strategy == "truncate":
         return pairs
     return within(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
+
+
+def _check_format(dataset: Any, tokenizer: Any) -> None:
+    """Raises `ConfigError` for keys that need text with special tokens, where the tokenizer encodes none."""
+    if not gives_chats_as_ids(tokenizer):
+        return
+    template = _own_template(dataset)
+    keys = {"type": None if dataset.type in OWN_TYPES else dataset.type, "chat_template": template}
+    for key, value in keys.items():
+        if value:
+            raise ConfigError(
+                f"dataset {dataset.path!r}: {key}: {value} writes text with special tokens, of which this tokenizer "
+                f"encodes none: like all of mistral-common's it has a chat format of its own. Leave {key} out"
+            )
 
 
 def raw_rows(dataset: Any, cfg: Any) -> Any:
@@ -247,9 +272,11 @@ def _native_rows(rows: Any, dataset: Any, cfg: Any, tokenizer: Any, index: int) 
     if isinstance(transform, tuple):
         transform, options = transform
     if transform is None:
+        keys = ", ".join(f"{key}: {value}" for key, value in _keys_in_place_of_type(rows, dataset, cfg, tokenizer))
         raise ConfigError(
-            f"dataset {dataset.path!r}: Axolotl has no type {dataset.type!r} for rl: orpo. Leave `type` out and the "
-            "rows are recognised by their columns; chat_template.argilla is the type that Axolotl brings"
+            f"dataset {dataset.path!r}: Axolotl has no type {dataset.type!r} for rl: orpo. Set {keys} in its place: "
+            "rows are recognised by their columns, and strings are written with the chat template (without `type` they "
+            "are joined as they are)"
         )
     if "tokenizer" in inspect.signature(transform).parameters:
         transform = functools.partial(transform, tokenizer=tokenizer)
@@ -257,6 +284,40 @@ def _native_rows(rows: Any, dataset: Any, cfg: Any, tokenizer: Any, index: int) 
     mapped = rows.map(transform, desc=f"Applying {dataset.type}", num_proc=cfg.dataset_num_proc, **options)
     # A column that the type has read already, such as `system`, must not be read a second time.
     return mapped.select_columns(["prompt", "chosen", "rejected"])
+
+
+def _keys_in_place_of_type(rows: Any, dataset: Any, cfg: Any, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """The keys of a dataset that do what its type, which other methods of Axolotl have, does there."""
+    from axolotl.utils.schemas.enums import ChatTemplate
+
+    from orpo_plugins.row_formats import likely_renames
+
+    yield "type", CHAT_TYPES[0]
+    template = dataset.type.partition(".")[0]
+    if not (dataset.chat_template or cfg.chat_template):
+        if template in {known.value for known in ChatTemplate}:
+            yield "chat_template", template
+        elif getattr(tokenizer, "chat_template", None) is None:
+            yield "chat_template", "chatml"
+    for given, expected in likely_renames(rows[0]) if len(rows) else ():
+        yield f"field_{expected}", given
+
+
+def _tell_strings(name: str, report: Any, *, template: Any) -> None:
+    """Says whether strings were written with the chat template; a warning where one is set and was not used."""
+    if report.strings_templated:
+        logger.info("%s: %d rows of strings are written with the chat template", name, report.strings_templated)
+    if report.strings_joined and template:
+        logger.warning(
+            "%s: %d rows of strings are joined as they are, without chat_template: %s. Set orpo_template_strings: true "
+            "(or type: %s in this dataset) to have them written with it",
+            name,
+            report.strings_joined,
+            getattr(template, "value", template),
+            CHAT_TYPES[0],
+        )
+    elif report.strings_joined:
+        logger.info("%s: %d rows of strings are joined as they are", name, report.strings_joined)
 
 
 def length_strategy(cfg: Any) -> str:
@@ -267,8 +328,8 @@ def length_strategy(cfg: Any) -> str:
     return strategy
 
 
-def pair_options(cfg: Any, *, truncate: bool) -> Any:
-    """The lengths in tokens; `sequence_len` is among them only where longer rows are to be cut."""
+def pair_options(cfg: Any, dataset: Any, *, truncate: bool) -> Any:
+    """How the rows of a dataset become pairs; `sequence_len` counts only where longer rows are to be cut."""
     from orpo_plugins.pairs import PairOptions
 
     return PairOptions(
@@ -279,6 +340,7 @@ def pair_options(cfg: Any, *, truncate: bool) -> Any:
         encoder_decoder=has_encoder(cfg),
         sft_rows=bool(cfg.orpo_sft_rows),
         train_on=cfg.orpo_train_on or "all_assistant",
+        template_strings=dataset.type in CHAT_TYPES or (bool(cfg.orpo_template_strings) and dataset.type in OWN_TYPES),
     )
 
 
@@ -299,9 +361,15 @@ def has_encoder(cfg: Any) -> bool:
     return True
 
 
+def _own_template(dataset: Any) -> str | None:
+    """The dataset's `chat_template`, where it names another than the tokenizer's."""
+    name = getattr(dataset.chat_template, "value", dataset.chat_template)
+    return None if name in (None, "", "tokenizer_default") else str(name)
+
+
 def _with_template(tokenizer: Any, dataset: Any) -> Any:
     """The tokenizer with the dataset's own chat template, where it names one."""
-    if not dataset.chat_template:
+    if _own_template(dataset) is None:
         return tokenizer
     from axolotl.utils.chat_templates import get_chat_template
 

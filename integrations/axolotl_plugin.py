@@ -6,7 +6,7 @@
     orpo_alpha: 0.1
 
 Axolotl's `get_trainer_cls` builds preference trainers without a model (0.19.0), so the trainer is named by the config
-key `trainer_cls` instead, and `axolotl.core.training_args` may only be imported after the plugin is registered.
+key `trainer_cls` instead.  A process may run several configs, with this plugin and without: nothing is kept of one.
 """
 
 import logging
@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
 from orpo_plugins.errors import ConfigError, missing_extra
-from orpo_plugins.integrations.axolotl_arguments import check_beta, check_keys, check_steps, training_arguments
+from orpo_plugins.integrations.axolotl_arguments import (
+    add_training_arguments,
+    check_beta,
+    check_keys,
+    check_steps,
+    is_ours,
+    training_arguments,
+)
 
 try:
     from axolotl.integrations.base import BasePlugin
@@ -44,19 +51,15 @@ WITHOUT_EFFECT = {
 class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
     """Takes over `rl: orpo`; with any other `rl` it does nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.active = False
-
     def register(self, cfg: dict[str, Any]) -> None:
         """Checks the raw config and names our trainer in it.
 
         Raises:
             ConfigError: an unknown `orpo_*` key, a foreign `trainer_cls`, `sample_packing`, or keys that disagree.
         """
-        self.active = cfg.get("rl") == "orpo"
-        if not self.active:
-            logger.warning("orpo-plugins does nothing: rl is %r, not 'orpo'", cfg.get("rl"))
+        if not is_ours(cfg):
+            if cfg.get("rl") != "orpo":
+                logger.warning("orpo-plugins does nothing: rl is %r, not 'orpo'", cfg.get("rl"))
             return
         check_keys(list(cfg))
         check_beta(cfg)
@@ -85,18 +88,19 @@ class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
         """The schema of our YAML keys."""
         return "orpo_plugins.integrations.axolotl_arguments.ORPOInputArgs"
 
-    def get_training_args_mixin(self) -> str | None:
-        """Our fields; not with another `rl`, whose arguments may have fields of the same names."""
-        return "orpo_plugins.integrations.hf_config.ORPOOwnFields" if self.active else None
+    def pre_model_load(self, cfg: Any) -> None:
+        """The last call before the training arguments are made: they get our fields."""
+        if is_ours(cfg):
+            add_training_arguments()
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The values of our YAML keys."""
-        return training_arguments(cfg) if self.active else None
+        return training_arguments(cfg) if is_ours(cfg) else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
         """Tokenized pairs for `axolotl train` and `axolotl preprocess`; any row format, any dataset type."""
         del preprocess  # cfg.is_preprocess says the same
-        if not self.active:
+        if not is_ours(cfg):
             return None
         from orpo_plugins.integrations import axolotl_data
 

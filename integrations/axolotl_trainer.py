@@ -10,6 +10,7 @@ from axolotl.core.trainers.mixins import DistributedParallelMixin, RngLoaderMixi
 from axolotl.core.trainers.mixins.optimizer import OptimizerInitMixin, OptimizerMixin
 from axolotl.core.trainers.mixins.scheduler import SchedulerMixin
 
+from orpo_plugins.integrations.axolotl_wording import yaml_words
 from orpo_plugins.integrations.hf_trainer import ORPOTrainer
 
 logger = logging.getLogger("axolotl.orpo_plugins")
@@ -26,8 +27,19 @@ class AxolotlORPOTrainer(
 
     _tag_names = ("axolotl", "orpo")  # type: ignore[assignment]  # one tag more than the base class
 
+    @yaml_words()
     def __init__(self, *args: Any, data_collator: Any = None, **kwargs: Any) -> None:
         if data_collator is not None:
             # Axolotl's builder makes one for `pad_to_multiple_of`, for the columns that TRL's tokenization has.
             logger.warning("pad_to_multiple_of has no effect: batches are padded by the layout")
         super().__init__(*args, **kwargs)
+
+    @yaml_words()
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s; errors name the keys of the config."""
+        return super().train(*args, **kwargs)
+
+    @yaml_words()
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s; errors name the keys of the config."""
+        return super().evaluate(*args, **kwargs)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from orpo_plugins.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.head import is_encoder_decoder
 from orpo_plugins.separate_pairs import encoded_alone
@@ -102,13 +103,14 @@ def load(
     Raises `ConfigError` for a name under which no model is found, `MissingExtraError` for an adapter without peft.
     """
     import torch
-    from transformers import AutoTokenizer
+
+    from orpo_plugins.integrations import text_tokenizer
 
     if device is None:
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     arguments = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = text_tokenizer.load(name, trust_remote_code=trust_remote_code)
         if (Path(name) / "adapter_config.json").is_file():
             model = _with_adapter(name, arguments)
         else:
@@ -177,7 +179,7 @@ def chat(
     output = sys.stdout if output is None else output
     opening = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(opening)
-    has_template = tokenizer.chat_template is not None
+    has_template = _has_chats(tokenizer)
     if not has_template:
         print("The tokenizer has no chat template: each line is continued as plain text.", file=output)
     for line in (text.strip() for text in lines):
@@ -201,14 +203,7 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: 
             print(text, end="\n" if stream_end else "", file=output, flush=True)
 
     encoder = is_encoder_decoder(model)
-    if tokenizer.chat_template is None:
-        text = "\n".join(message["content"] for message in messages)
-    else:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    if encoder:  # as in training, it reads a text that stands alone
-        known = encoded_alone(tokenizer, [text])[0]
-    else:  # a template has written the special tokens itself
-        known = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    known = _prompt(tokenizer, messages, encoder=encoder)
     ids = torch.tensor([known], device=model.device)
     with torch.no_grad():
         generated = model.generate(
@@ -221,6 +216,25 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: 
         )
     start = 0 if encoder else ids.shape[1]
     return str(tokenizer.decode(generated[0, start:], skip_special_tokens=True))
+
+
+def _has_chats(tokenizer: Any) -> bool:
+    return tokenizer.chat_template is not None or gives_chats_as_ids(tokenizer)
+
+
+def _prompt(tokenizer: Any, messages: list[dict[str, str]], *, encoder: bool) -> list[int]:
+    """The ids that the model goes on from, as in training."""
+    if gives_chats_as_ids(tokenizer):
+        said = [message for message in messages if message["content"]]  # mistral-common refuses an empty answer
+        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
+    if _has_chats(tokenizer):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = "\n".join(message["content"] for message in messages)
+    if encoder:  # it reads a text that stands alone
+        return encoded_alone(tokenizer, [text])[0]
+    # A template has written the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=not _has_chats(tokenizer))["input_ids"])
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

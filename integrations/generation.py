@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_plugins.collator import pad_token_id
 from orpo_plugins.head import is_encoder_decoder
+from orpo_plugins.integrations import text_tokenizer
 from orpo_plugins.predictions import prompt_length
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,14 @@ def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
     sampling.
     """
     prompts = sample_prompts(dataset, trainer.args.eval_batch_size, seed=trainer.args.seed + trainer.state.global_step)
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    answers = generate(trainer, prompts, pad_token_id(tokenizer))
+    tokenizer = text_tokenizer.of(trainer.processing_class)
+    pad = pad_token_id(tokenizer)
+    answers = generate(trainer, prompts, pad)
     if not trainer.is_world_process_zero():
         return
-    texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, answers))
+    # Some tokenizers pad with the unknown token, which is text to them.
+    whole = [_without_padding(ids, pad) for ids in answers.tolist()]
+    texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, whole))
     rows = [{"Prompt": prompt, "Policy": answer} for prompt, answer in zip(*texts, strict=True)]
     step = trainer.state.global_step
     _start_trackers(trainer)
@@ -82,6 +86,12 @@ def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
         )
     answers: Tensor = whole[:, 1 if encoder else width :]  # a decoder with an encoder returns its start token first
     return answers
+
+
+def _without_padding(ids: list[int], pad: int) -> list[int]:
+    while ids and ids[-1] == pad:
+        ids.pop()
+    return ids
 
 
 def _joined(ids: list[int], padding: list[int], side: int) -> list[int]:

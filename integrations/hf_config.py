@@ -40,6 +40,12 @@ class ORPOOwnFields:
         default=False,
         metadata={"help": "Whether rows may have no rejected answer; such rows are trained with the NLL alone."},
     )
+    template_strings: bool = field(
+        default=False,
+        metadata={
+            "help": "Apply the chat template to rows of strings: the prompt as the user's, answers as the model's."
+        },
+    )
     odds_temperature: float = field(
         default=1.0, metadata={"help": "Multiplies the log odds ratio inside the sigmoid. Alias: orpo_beta."}
     )

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     Trainer,
     enable_full_determinism,
     set_seed,
@@ -25,6 +24,7 @@ from transformers.trainer_utils import number_of_arguments
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.head import config_of, is_encoder_decoder, output_head
+from orpo_plugins.integrations import text_tokenizer
 from orpo_plugins.integrations.generation import log_generations
 from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
 from orpo_plugins.integrations.pair_loader import check_batches
@@ -83,25 +83,25 @@ class ORPOTrainer(ORPOMethods, Trainer):
             example = prepare_model(load_model(model, args), args, peft_config)
         if processing_class is None:
             processing_class = load_tokenizer(example, args) if tokenizer is None else tokenizer
-        text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        tokenizer = text_tokenizer.of(processing_class)
         args.remove_unused_columns = False
         check_batches(args, train_dataset)
         layout = announce(example, args, data_collator)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
         if train_dataset is not None:
             with args.main_process_first(desc="tokenizing the training set"):
-                train_dataset = prepared(train_dataset, text_tokenizer, options, args, "train")
+                train_dataset = prepared(train_dataset, tokenizer, options, args, "train")
         with args.main_process_first(desc="tokenizing the evaluation set"):
             if isinstance(eval_dataset, Mapping) and not hasattr(eval_dataset, "map"):
                 eval_dataset = {
-                    name: prepared(rows, text_tokenizer, options, args, name) for name, rows in eval_dataset.items()
+                    name: prepared(rows, tokenizer, options, args, name) for name, rows in eval_dataset.items()
                 }
             elif eval_dataset is not None:
-                eval_dataset = prepared(eval_dataset, text_tokenizer, options, args, "eval")
+                eval_dataset = prepared(eval_dataset, tokenizer, options, args, "eval")
         super().__init__(
             model=None if model is None else example,
             args=args,
-            data_collator=data_collator or collator(text_tokenizer, args, layout),
+            data_collator=data_collator or collator(tokenizer, args, layout),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -219,8 +219,9 @@ def load_tokenizer(model: nn.Module, args: ORPOConfig) -> Any:
     name = getattr(config_of(model), "_name_or_path", None)
     if not name:
         raise ConfigError("the model was not loaded from a path, so its tokenizer is unknown: pass processing_class")
-    revision = args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = {"revision": given["revision"]} if given.get("revision") else {}
+    return text_tokenizer.load(name, trust_remote_code=args.trust_remote_code, **revision)
 
 
 def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOptions:
@@ -233,6 +234,7 @@ def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOpti
         encoder_decoder=encoder_decoder,
         sft_rows=args.sft_rows,
         train_on=args.train_on,
+        template_strings=args.template_strings,
     )
 
 
@@ -258,6 +260,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
         sft_rows=args.sft_rows,
         train_on=args.train_on,
         show_example=args.show_example,
+        template_strings=args.template_strings,
     )
 
 

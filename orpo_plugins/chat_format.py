@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from orpo_plugins.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.errors import ConfigError
 
 _BOS, _EOS = "<|im_start|>", "<|im_end|>"
@@ -34,8 +35,13 @@ def setup_chat_format(
         The same model and tokenizer.
 
     Raises:
-        ConfigError: the tokenizer has a chat template already, or `format` is unknown.
+        ConfigError: the tokenizer has a chat template or a format of its own already, or `format` is unknown.
     """
+    if gives_chats_as_ids(tokenizer):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} brings a chat format of its own, which cannot be replaced: leave the call "
+            "of setup_chat_format out, and conversations are trained in that format"
+        )
     if getattr(tokenizer, "chat_template", None) is not None:
         raise ConfigError(
             "the tokenizer has a chat template already: leave it as it is, or set tokenizer.chat_template = None to "

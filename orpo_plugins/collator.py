@@ -41,6 +41,7 @@ class ORPOCollator:
         sft_rows: whether a row may have no rejected answer (see `PairOptions`).
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
         show_example: whether the first pair of the first batch is logged as text.
+        template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
 
     Returns (when called on a list of rows):
         What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
@@ -67,6 +68,7 @@ class ORPOCollator:
         sft_rows: bool = False,
         train_on: str = "all_assistant",
         show_example: bool = True,
+        template_strings: bool = False,
     ) -> None:
         self.layout = plugins.layout("padded" if layout == "auto" else layout)
         options = PairOptions(
@@ -77,6 +79,7 @@ class ORPOCollator:
             encoder_decoder=self.layout.encoder_decoder,
             sft_rows=sft_rows,
             train_on=train_on,
+            template_strings=template_strings,
         )
         if nll_over not in NLL_OVER:
             raise ConfigError(f"unknown nll_over {nll_over!r}; known: {', '.join(NLL_OVER)}")

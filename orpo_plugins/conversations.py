@@ -41,17 +41,19 @@ def question_and_answers(
     # The conversations themselves hold the prompt.
     if len(whole) == 1:
         shared = whole[0][:-1]
-        chosen, rejected = (answer[-1:] if is_whole(answer) else answer for answer in (chosen, rejected))
+        chosen_rest, rejected_rest = (answer[-1:] if is_whole(answer) else answer for answer in (chosen, rejected))
     else:
         length = _common_length(chosen[:-1], rejected[:-1])
-        shared, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    if context and not (_begins_with(context, shared) or _begins_with(shared[::-1], context[::-1])):
-        found, expected = (shared or whole[0])[0]["content"], context[0]["content"]
-        raise RowError(
-            f"column {column!r} ({shortened(expected)}) and the conversations in 'chosen' and 'rejected' "
-            f"({shortened(found)}) do not begin alike. Make them agree, or leave column {column!r} out"
-        )
-    return system + shared, chosen, rejected
+        shared, chosen_rest, rejected_rest = chosen[:length], chosen[length:], rejected[length:]
+    if not context or _begins_with(context, shared) or _begins_with(shared[::-1], context[::-1]):
+        return system + shared, chosen_rest, rejected_rest
+    if whole[0][0]["role"] != "user":  # nobody's question: a role that the chat template may know goes on
+        return system + context, chosen, rejected
+    found, expected = (shared or whole[0])[0]["content"], context[0]["content"]
+    raise RowError(
+        f"column {column!r} ({shortened(expected)}) and the conversations in 'chosen' and 'rejected' "
+        f"({shortened(found)}) do not begin alike. Make them agree, or leave column {column!r} out"
+    )
 
 
 def _system_of(*conversations: list[Message]) -> list[Message]:

@@ -1,12 +1,15 @@
 """By what a tokenized dataset is found again in the cache of `datasets`."""
 
 import dataclasses
+import hashlib
 import inspect
 import json
+import sys
 from typing import Any
 
 import orpo_plugins
 from orpo_plugins import (
+    chat_id_pairs,
     conversations,
     interfaces,
     pairs,
@@ -28,8 +31,8 @@ def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    ours = (interfaces, pairs, row_formats, row_values, conversations, separate_pairs, texts, tokenized_rows)
-    modules = [inspect.getmodule(mapped), *ours]
+    ours = (chat_id_pairs, interfaces, pairs, row_formats, row_values, conversations, separate_pairs, texts)
+    modules = [inspect.getmodule(mapped), *ours, tokenized_rows]
     formats = [(row_format.name, _source(row_format.parse)) for row_format in plugins.row_formats()]
     return str(
         Hasher.hash(
@@ -62,6 +65,8 @@ def tokenizer_identity(tokenizer: Any) -> list[Any]:
         tokenizer.all_special_ids,
     ]
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if chat_id_pairs.gives_chats_as_ids(tokenizer):
+        return [*identity, *_file_identity(tokenizer)]
     if backend is None:
         settings = [str(getattr(tokenizer, name, None)) for name in ("added_tokens_decoder", "init_kwargs")]
         return [*identity, sorted(tokenizer.get_vocab().items()), *settings]
@@ -69,3 +74,14 @@ def tokenizer_identity(tokenizer: Any) -> list[Any]:
     # These two change with every call that pads or truncates, and no call here does either.
     state["truncation"] = state["padding"] = None
     return [*identity, json.dumps(state, sort_keys=True)]
+
+
+def _file_identity(tokenizer: Any) -> list[Any]:
+    """The content of the one file that mistral-common's tokenizers are made of, and that package's version.
+
+    The file says which format conversations have, and the package's code writes it.
+    """
+    path = getattr(tokenizer, "_tokenizer_path", None)
+    content = hashlib.sha256(path.read_bytes()).hexdigest() if path else sorted(tokenizer.get_vocab().items())
+    package = type(getattr(tokenizer, "tokenizer", tokenizer)).__module__.partition(".")[0]
+    return [content, getattr(sys.modules.get(package), "__version__", None)]

@@ -12,10 +12,10 @@ answer are labelled (TRL leaves some out, or gives up).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from orpo_plugins.errors import ConfigError
+from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import Pair, Preference, TokenSequence
 from orpo_plugins.predictions import IGNORE_INDEX
 from orpo_plugins.texts import TextBuilder, Texts, special_tokens
@@ -53,6 +53,9 @@ class PairOptions:
     train_on: str = "all_assistant"
     """Which assistant turns are the answer, where the two conversations go on for several: "all_assistant", or "last",
     with everything before the last turn as its prompt.  Turns that both have in common are prompt in either case."""
+    template_strings: bool = False
+    """Whether the chat template is applied to rows of strings: the prompt as a user's message, each answer as an
+    assistant's.  Strings that are templated already stay as they are."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -83,6 +86,10 @@ class BuiltPair:
     """The answers held the whole conversation beside a raw prompt, which was left out."""
     restated: bool = False
     """Both answers begin with the text of the prompt."""
+    strings_joined: bool = False
+    """Strings without a template in them, joined as they are."""
+    strings_templated: bool = False
+    """Strings that the chat template was applied to."""
 
     @property
     def sft_only(self) -> bool:
@@ -131,36 +138,58 @@ class PairBuilder:
 
     def __init__(self, tokenizer: Any, options: PairOptions | None = None) -> None:
         if getattr(tokenizer, "eos_token_id", None) is None:
-            has_template = getattr(tokenizer, "chat_template", None) is not None
+            missing = "the tokenizer has no EOS token, so the model would never learn where an answer ends"
+            if getattr(tokenizer, "chat_template", None) is not None:
+                raise ConfigError(f"{missing}: set tokenizer.eos_token to what its chat template ends an answer with")
             raise ConfigError(
-                "the tokenizer has no EOS token, so the model would never learn where an answer ends: set "
-                "tokenizer.eos_token to "
-                + (
-                    "what its chat template ends an answer with"
-                    if has_template
-                    else "a token of its vocabulary, or call orpo_plugins.setup_chat_format"
-                )
+                f"{missing}: set tokenizer.eos_token to a token of its vocabulary, or call "
+                "orpo_plugins.setup_chat_format"
             )
         self.tokenizer = tokenizer
         self.options = PairOptions() if options is None else options
         self._write = TextBuilder(tokenizer)
+        self._check_template()
         self._special_ids = frozenset([*special_tokens(tokenizer), IGNORE_INDEX])
 
     def __call__(self, preference: Preference) -> BuiltPair | Dropped:
         """Builds one pair."""
         if reason := self._write.unusable(preference):
             return Dropped(reason=reason)
+        self._check_prompt(preference)
         texts = self._write(preference)
         if not texts.prompt.strip():
             return Dropped(reason="empty prompt")
         if texts.chosen == texts.rejected:
             return Dropped(reason="chosen equals rejected")
         answers = self._tokens(texts)[: 1 if preference.rejected is None else 2]
+        built = self._fitted(answers, repaired=texts.repaired, restated=texts.restated)
+        if isinstance(built, Dropped):
+            return built
+        return replace(built, strings_joined=texts.strings_joined, strings_templated=texts.strings_templated)
+
+    def _fitted(self, answers: Sequence[Answer], **flags: bool) -> BuiltPair | Dropped:
         for name, answer in zip(("chosen", "rejected"), answers, strict=False):
             if not self._special_ids.issuperset(answer.labels):
                 continue
             return Dropped(reason=f"the {name} answer is empty after tokenization")
-        return self.fit(*map(self._close, answers), repaired=texts.repaired, restated=texts.restated)
+        return self.fit(*map(self._close, answers), **flags)
+
+    def _check_template(self) -> None:
+        if self.options.template_strings and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                "template_strings=True needs a chat template and the tokenizer has none: set tokenizer.chat_template, "
+                "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
+            )
+
+    def _check_prompt(self, preference: Preference) -> None:
+        """Raises `RowError` where what the answers share would become a user's message: it may hold their beginning."""
+        if self.options.template_strings and isinstance(preference.prompt, str):
+            if self._write.is_templated(preference):
+                return
+            raise RowError(
+                "template_strings=True, and the row has no prompt column, so where the user's message ends is not "
+                "known: give the prompt a column of its own, or set template_strings=False"
+            )
 
     # ---- tokens
 

@@ -12,6 +12,8 @@ FLAGS = (
     "sft_only",
     "weighted",
     "with_margin",
+    "strings_joined",
+    "strings_templated",
 )
 """What is counted of each row that became a pair, by the names of `BuiltPair`."""
 
@@ -44,6 +46,10 @@ class PreparationReport:
     """Rows with a weight other than 1."""
     with_margin: int = 0
     """Rows with a margin other than 0."""
+    strings_joined: int = 0
+    """Rows of strings without a template in them, joined as they are."""
+    strings_templated: int = 0
+    """Rows of strings that the chat template was applied to."""
 
     def add(self, index: int, dropped: str, flags: Mapping[str, bool]) -> None:
         """Counts one row: the reason why it was dropped (empty where it was kept), and the flags of `BuiltPair`."""
@@ -58,6 +64,8 @@ class PreparationReport:
         self.sft_only += flags["sft_only"]
         self.weighted += flags["weighted"]
         self.with_margin += flags["with_margin"]
+        self.strings_joined += flags["strings_joined"]
+        self.strings_templated += flags["strings_templated"]
         for name in ("repaired", "restated"):
             if flags[name]:
                 getattr(self, name).append(index)

@@ -114,13 +114,14 @@ def orpo_row_formats() -> list[RowFormat]:
     ]
 
 
-def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preference:
+def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_strings: bool = False) -> Preference:
     """Reads a row with the first format of `plugins.row_formats()` that matches.
 
     Args:
         row: raw columns.
         index: the row's number (or any name for it), for messages.
         sft_rows: whether a row may have no rejected answer (no such column, or None in it).
+        template_strings: whether a row of strings becomes a conversation, where its prompt has a column of its own.
 
     Raises:
         RowError: no format matches (naming the columns found and the formats known), or a value does not fit.
@@ -141,7 +142,10 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False) -> Preferen
     for row_format in plugins.row_formats():
         if row_format.matches(row):
             try:
-                return _alone(row_format.parse(row), row_format) if alone else row_format.parse(row)
+                preference = row_format.parse(row)
+                if template_strings and row_format.name != _IMPLICIT_STRINGS:
+                    preference = _as_conversation(preference, row)
+                return _alone(preference, row_format) if alone else preference
             except RowError as error:
                 raise RowError(f"{where} ({row_format.name}): {error}") from error
     raise RowError(f"{where}: {_unknown_format(row)}")
@@ -156,6 +160,15 @@ def _alone(preference: Preference, row_format: RowFormat) -> Preference:
         )
     plain = None if preference.plain is None else replace(preference.plain, rejected=None)
     return replace(preference, rejected=None, plain=plain)
+
+
+def _as_conversation(preference: Preference, row: Row) -> Preference:
+    """Strings as a user's message and an assistant's answers; the strings themselves stay beside them."""
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    if not (isinstance(prompt, str) and isinstance(chosen, str)):
+        return preference
+    chat = _chat(row, user(prompt), assistant(chosen), assistant(str(rejected)), plain=preference)
+    return chat if rejected is not None else replace(chat, rejected=None)
 
 
 # ---- the formats
@@ -341,7 +354,7 @@ def _unknown_format(row: Row) -> str:
 
 def _advice(row: Row) -> str:
     """What to do about columns under other names: renames after which the row can be read, or what is missing."""
-    renames = _renames(row)
+    renames = likely_renames(row)
     if renames and _is_readable({dict(renames).get(name, name): value for name, value in row.items()}):
         calls = "".join(f".rename_column({old!r}, {name!r})" for old, name in renames)
         return f"Did you mean dataset{calls}?"
@@ -349,7 +362,7 @@ def _advice(row: Row) -> str:
     return f"Missing: {', '.join(missing)}. Rename columns, or register a row format of your own (docs/plugins.md)."
 
 
-def _renames(row: Row) -> list[tuple[str, str]]:
+def likely_renames(row: Row) -> list[tuple[str, str]]:
     """(column, what it seems to be) for each of prompt, chosen and rejected that is missing."""
     found = {name: _renamed(row, name) for name in _OTHER_NAMES}
     if found["prompt"] is None and not _has(row, "prompt") and _conversation_column(row) is None:

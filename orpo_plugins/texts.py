@@ -5,6 +5,7 @@ Three texts come out: the prompt, and both whole conversations, each of which be
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ _USUAL_TURNS = (
     "<|assistant|>",
     "[INST]",
 )
-"""What the best-known chat templates begin a turn with: looked for where the tokenizer has no template of its own."""
+"""What the best-known chat templates begin a turn with, for texts that another template than the tokenizer's wrote."""
 _LONG_PROMPT = 20
 """A prompt of so many characters does not stand at the beginning of both answers by chance."""
 
@@ -42,6 +43,10 @@ class Texts(NamedTuple):
     """The answers held the whole conversation beside a prompt without the template, which was left out."""
     restated: bool = False
     """Both answers begin with the prompt's text, which so stands twice; nothing tells whether that is meant."""
+    strings_joined: bool = False
+    """Strings without a template in them, joined as they are."""
+    strings_templated: bool = False
+    """Strings that the chat template was applied to."""
 
 
 class TextBuilder:
@@ -91,14 +96,18 @@ class TextBuilder:
             preference = replace(preference, rejected=stand_in, plain=plain)
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
         plain = preference if isinstance(preference.prompt, str) else preference.plain
-        if plain is not None and (plain is preference or not has_template or self._is_templated(plain)):
-            return self._plain_texts(str(plain.prompt), str(plain.chosen), str(plain.rejected))
+        if plain is not None:
+            strings = (str(plain.prompt), str(plain.chosen), str(plain.rejected))
+            untouched = plain is preference or not has_template or self.is_templated(plain)
+            if untouched or self._repeats_prompt(*strings):
+                texts = self._plain_texts(*strings)
+                return texts._replace(strings_joined=not self.is_templated(plain))
         if not has_template:
             raise ConfigError(
                 "the dataset holds conversations but the tokenizer has no chat template: set tokenizer.chat_template, "
                 "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
             )
-        return self._chat_texts(preference)
+        return self._chat_texts(preference)._replace(strings_templated=preference.plain is not None)
 
     def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> Texts:
         if not self._repeats_prompt(prompt, chosen, rejected):
@@ -143,7 +152,8 @@ class TextBuilder:
             "twice, or not at all. Pass message lists, or strings without the template"
         )
 
-    def _is_templated(self, plain: Preference) -> bool:
+    def is_templated(self, plain: Preference) -> bool:
+        """Whether a template has been applied to strings already."""
         return any(self._starts_turn(str(text)) for text in (plain.prompt, plain.chosen, plain.rejected))
 
     def _starts_turn(self, text: str) -> bool:
@@ -261,12 +271,10 @@ class TextBuilder:
     def _turn(self) -> re.Pattern[str]:
         """What turns begin with, and BOS.  Other special tokens (`<think>`, a tool's) may begin an answer."""
         bos, special = getattr(self.tokenizer, "bos_token", None), special_tokens(self.tokenizer).values()
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            markers = [marker for marker in _USUAL_TURNS if marker in special]
-        else:
-            roles = ("system", "user", "assistant", "tool")
-            openings = [self._answer_opening, *map(self._turn_opening, roles)]
-            markers = [marker for opening in openings if (marker := self._marker(opening, bos))]
+        markers = [marker for marker in _USUAL_TURNS if marker in special]
+        if getattr(self.tokenizer, "chat_template", None) is not None:
+            openings = [self._answer_opening, *map(self._turn_opening, ("system", "user", "assistant", "tool"))]
+            markers += [marker for opening in openings if (marker := self._marker(opening, bos))]
         markers = sorted({*markers, *([bos] if bos else [])}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, markers)) or "(?!)")
 
@@ -306,7 +314,8 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
     Without the unknown token: what is unknown to the tokenizer is text all the same.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    added = added if isinstance(added, Mapping) else {}  # of mistral-common's tokenizers it is a method that raises
     ids = [*tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))]
     unknown = {getattr(tokenizer, "unk_token_id", None)} - {tokenizer.eos_token_id}
     texts = zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orpo_plugins.errors import RowError
+from orpo_plugins.chat_id_pairs import ChatIdPairBuilder, gives_chats_as_ids
+from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.interfaces import TokenSequence
 from orpo_plugins.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
 from orpo_plugins.predictions import IGNORE_INDEX, prompt_length
@@ -19,16 +20,33 @@ NUMBERS = {"weight": 1.0, "margin": 0.0}
 """Optional columns of raw and tokenized rows (see `Pair`), with what a row without them has."""
 
 
+def pair_builder(tokenizer: Any, options: PairOptions) -> PairBuilder:
+    """The builder that fits the model and what the tokenizer is able to do."""
+    if not gives_chats_as_ids(tokenizer):
+        return (EncoderDecoderPairBuilder if options.encoder_decoder else PairBuilder)(tokenizer, options)
+    if options.encoder_decoder:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not encode special tokens that stand in text, which pairs of an "
+            "encoder-decoder model need: take the tokenizer that belongs to the model"
+        )
+    return ChatIdPairBuilder(tokenizer, options)
+
+
 class RowTokenizer:
     """Callable: a raw or tokenized row and its number to `BuiltPair` or `Dropped`."""
 
     def __init__(self, tokenizer: Any, options: PairOptions) -> None:
-        self.builder = (EncoderDecoderPairBuilder if options.encoder_decoder else PairBuilder)(tokenizer, options)
+        self.builder = pair_builder(tokenizer, options)
 
     def __call__(self, row: Mapping[str, Any], index: int | str) -> BuiltPair | Dropped:
         """Raises `RowError` with the row's number for a malformed row."""
         tokenized = isinstance(row, Mapping) and set(COLUMNS) <= set(row)
-        preference = None if tokenized else parse_row(row, index, sft_rows=self.builder.options.sft_rows)
+        options = self.builder.options
+        preference = (
+            None
+            if tokenized
+            else parse_row(row, index, sft_rows=options.sft_rows, template_strings=options.template_strings)
+        )
         try:
             numbers = {name: _number(row, name) for name in NUMBERS}
             if numbers["weight"] == 0:

@@ -59,7 +59,7 @@ def dialogue(row: dict[str, str]) -> dict[str, Any]:
 STRINGS = [{**row, "weight": 2.0 if index == 1 else 1.0} for index, row in enumerate(tiny.rows(4, longest=20))]
 TURNS = [dialogue(row) if index else conversation(row) for index, row in enumerate(tiny.rows(4, seed=1))]
 WIDE = {"initializer_range": 0.2}  # so that the answers' odds differ
-DATA = {"sft_rows": True, "train_on": "last"}
+DATA = {"sft_rows": True, "train_on": "last", "template_strings": True}
 LENGTHS = {"max_prompt_length": 9, "max_completion_length": 8, "truncation_mode": "keep_start"}
 LOSS = {"odds_temperature": 2.0, "nll_normalization": "pair", "loss_terms": {"sure": 0.25}}
 # One batch of all eight rows, where micro_batch_size alone would make eight.

@@ -7,10 +7,13 @@ A row that is *malformed* (a column missing, a value of the wrong type) raises `
 but *unusable* (both answers equal, nothing to learn from) is dropped, counted and reported with its number.
 """
 
+import itertools
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import torch.utils.data
 
 from orpo_plugins.dataset_cache import fingerprint
 from orpo_plugins.errors import ConfigError
@@ -71,7 +74,7 @@ def prepare_dataset(
     elif hasattr(dataset, "__len__"):
         prepared = _as_dataset(list(_tokenized(enumerate(_rows_of(dataset)), rows, report)))
     else:
-        return _stream(dataset, rows, report), report
+        return PreparedStream(dataset, rows, report), report
     _check_not_empty(report)
     if not report.all_whole():
         logger.warning("%s", report.summary())
@@ -219,12 +222,18 @@ def _prepare_stream(dataset: Any, rows: RowTokenizer, report: PreparationReport)
     )
 
 
-def _stream(dataset: Iterable[Any], rows: RowTokenizer, report: PreparationReport) -> Any:
-    """Any other iterable, as a torch dataset that can be read again and again."""
-    from torch.utils.data import IterableDataset
+class PreparedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Any other iterable, as a torch dataset that can be read again and again.
 
-    class Stream(IterableDataset[dict[str, Any]]):
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            return _streamed(enumerate(dataset), rows, report)
+    Several workers share its rows out, unless it is a torch dataset, which does so by itself.
+    """
 
-    return Stream()
+    def __init__(self, dataset: Iterable[Any], rows: RowTokenizer, report: PreparationReport) -> None:
+        self.dataset, self.rows, self.report = dataset, rows, report
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        numbered: Iterable[tuple[int, Any]] = enumerate(self.dataset)
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and not isinstance(self.dataset, torch.utils.data.IterableDataset):
+            numbered = itertools.islice(numbered, worker.id, None, worker.num_workers)
+        return _streamed(numbered, self.rows, self.report)

@@ -155,7 +155,7 @@ class Plugin:
         return [RowFormat(name="never", columns="none", matches=lambda row: False, parse=lambda row: None)]
 
 
-def test_a_plugins_layout_goes_by_its_name(tmp_path: Path) -> None:
+def test_a_plugins_layout_goes_by_its_name() -> None:
     plugin = Plugin()
     get_plugin_manager().register(plugin)
     try:

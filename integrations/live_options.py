@@ -56,7 +56,7 @@ def changed(before: Mapping[str, Any], args: Any, *, running: bool) -> dict[str,
 
     Raises `ConfigError` for a change that cannot be followed: of `FIXED_OPTIONS`, and of any while a run goes on.
     """
-    new = {name: value for name, value in values_at(args).items() if value != before[name]}
+    new = {name: value for name, value in values_at(args).items() if value != before.get(name, value)}
     for name, value in new.items():
         if name in FIXED_OPTIONS:
             raise cannot_change(name, value, before[name])

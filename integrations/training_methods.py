@@ -167,9 +167,10 @@ class ORPOMethods:
 
     def apply_options(self, new: dict[str, Any]) -> None:
         """Applies `RUN_OPTIONS` with their new values; the batches read theirs when they are made."""
-        check_batches(self.args, self.train_dataset)  # type: ignore[attr-defined]
+        check_batches(self.args, self.train_dataset)
         if "layout_check" in new:
             self._layout_is_checked = not new["layout_check"]
+        vars(self).pop("_eval_dataloaders", None)  # persistent workers have the collator as it was
 
     def announce_changes(self) -> None:
         """Says on the main process which options are others than those in the log so far."""
@@ -193,7 +194,6 @@ class ORPOMethods:
 
         Raises `ConfigError` for a name in the space that is no argument, which `Trainer` would only warn of.
         """
-
         return super().hyperparameter_search(  # type: ignore[misc]
             None if hp_space is None else checked_space(hp_space, self.args),
             compute_objective or (lambda metrics: evaluation_loss(metrics, self.eval_dataset)),

@@ -126,7 +126,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
         Raises `ConfigError` for one that would have no effect any more.
         """
         if name in FIXED_OPTIONS:
-            raise cannot_change(name, value, getattr(self.args, name))
+            raise cannot_change(name, value, getattr(vars(self).get("args"), name, None))
         if is_legacy(name):
             raise ConfigError(f"trainer.{name}={value!r} would have no effect: {todays_name(name)}")
         if name in RUN_OPTIONS:

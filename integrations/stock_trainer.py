@@ -137,6 +137,17 @@ class FusedHead(ORPOMethods):
         own = {name: getattr(self.orpo_loss.options, name) for name in (*self._fused, "logit_means")}
         self.orpo_loss.options = replace(options, **own)
 
+    @property
+    def compute_loss_func(self) -> None:
+        """As for `ORPOMethods`, but another `ORPOLoss` may be set."""
+        return None
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Any) -> None:
+        if not isinstance(function, ORPOLoss):
+            raise ConfigError(f"compute_loss_func={function!r} would never be called: set an ORPOLoss")
+        self.orpo_loss = function
+
     def prepare_rows(self, rows: Any, name: str) -> Any:
         """Prepared with the options of the collator."""
         collator = self.data_collator
@@ -177,7 +188,7 @@ def fuse_head(
     fused: dict[str, Any] = {"kernel": kernel, "nll_normalization": nll_normalization}
     replace(loss.options, **fused)  # raises for a value that is unknown
     trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (FusedHead, type(trainer)), {})
-    trainer.orpo_loss, trainer._fused = loss, fused
+    trainer.compute_loss_func, trainer._fused = loss, fused
     trainer.set_up_orpo(layout_check=layout_check)
     return trainer
 
@@ -201,7 +212,7 @@ def _check_fusable(trainer: Any) -> None:
                 "overridden"
             )
     names = {name for base in FusedHead.__mro__[:-1] for name in vars(base) if not name.startswith("__")}
-    for name in sorted(names & vars(trainer).keys() - {*FusedHead.__annotations__, *ORPOMethods.__annotations__}):
+    for name in sorted(names & vars(trainer).keys() - {"compute_loss_func"}):
         raise ConfigError(
             f"trainer.{name} is set on the trainer itself, where it would hide what fuse_head puts in: remove "
             "it, set an option on ORPOLoss or in fuse_head(trainer, ...), and for a method derive from "

@@ -99,6 +99,16 @@ class ORPOMethods:
         for name in LOSS_OPTIONS:
             setattr(self.args, name, getattr(options, name))
 
+    @property
+    def compute_loss_func(self) -> None:
+        """None: `compute_loss` makes the whole loss; setting another raises `ConfigError`."""
+        return None
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Any) -> None:
+        if function is not None:
+            raise ConfigError(f"compute_loss_func={function!r} would never be called. In its place: {_LOSS}")
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises `ConfigError` for a subclass with a method of TRL's trainer that would never be called."""
         super().__init_subclass__(**kwargs)
@@ -126,7 +136,6 @@ class ORPOMethods:
         self._layout_is_checked = not layout_check
         self._tokens_are_told = False
         self.add_callback(BeforeTraining(self))  # type: ignore[attr-defined]
-        self.compute_loss_func = None
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = self.nll_normalization != "microbatch"
         keep_four_bit_trainable(self.model)  # type: ignore[attr-defined]
 

@@ -232,6 +232,15 @@ def test_the_loss_of_a_stock_trainer_may_change(how: str, tmp_path: Path) -> Non
     assert made.beta == loss.beta == 0.9
 
 
+def test_another_loss_may_be_set_where_it_is_ours(tmp_path: Path) -> None:
+    made, expected = fuse_head(stock(tmp_path)), fuse_head(stock(tmp_path, loss=ORPOLoss(beta=0.9)))
+    made.compute_loss_func = ORPOLoss(beta=0.9)
+    assert torch.equal(change(made), change(expected))
+    for fused in (made, trainer(tmp_path)):
+        with pytest.raises(errors.ConfigError, match=r"compute_loss_func=.* would never be called"):
+            fused.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()
+
+
 def test_without_the_fused_head_too(tmp_path: Path) -> None:
     loss = ORPOLoss()
     made = stock(tmp_path, loss=loss, learning_rate=0.0, max_steps=1)

@@ -39,6 +39,7 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Called by the Trainer between wrapping the model and the first batch."""
+        self.trainer.begin_run()
         self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
         self.trainer.tell_tokens()
         log_example(self.trainer)

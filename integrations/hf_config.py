@@ -15,7 +15,7 @@ from orpo_plugins import plugins
 from orpo_plugins.batching import check_batch_options
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.forward import NLL_OVER, ORPOOptions
-from orpo_plugins.integrations.legacy_arguments import translate
+from orpo_plugins.integrations.legacy_arguments import is_legacy, todays_name, translate
 
 # transformers 5.18 and later call gradient checkpointing activation checkpointing, and keep the old name as an alias.
 _HAS_NEW_NAME = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
@@ -114,8 +114,6 @@ class ORPOOwnFields:
             raise ConfigError(f"unknown nll_over {self.nll_over!r}; known: {NLL_OVER}")
         if self.layout != "auto":
             plugins.layout(self.layout)
-        if self.kernel != "auto":
-            plugins.known_kernel(self.kernel)
 
 
 @dataclass
@@ -202,6 +200,12 @@ class ORPOConfig(_ORPOArguments):
         if _HAS_NEW_NAME:
             _rename_checkpointing(arguments)
         super().__init__(*args, **arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises `ConfigError` for an old name, which is translated in the constructor alone."""
+        if is_legacy(name) and name not in self.__dataclass_fields__:
+            raise ConfigError(f"{name}={value!r} would have no effect: {todays_name(name)}")
+        super().__setattr__(name, value)
 
 
 def _rename_checkpointing(arguments: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ trainer.train()
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -27,11 +27,13 @@ from orpo_plugins.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.integrations import text_tokenizer
 from orpo_plugins.integrations.generation import log_generations
 from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
+from orpo_plugins.integrations.legacy_arguments import is_legacy, todays_name
+from orpo_plugins.integrations.live_options import FIXED_OPTIONS, RUN_OPTIONS, cannot_change
 from orpo_plugins.integrations.pair_loader import check_batches
 from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.pairs import PairOptions
 from orpo_plugins.plugins import best_layout, kernel
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.preparation import are_several, prepare_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class ORPOTrainer(ORPOMethods, Trainer):
         args: `ORPOConfig`; None takes its defaults with `output_dir="orpo_output"`.
         data_collator: makes batches from tokenized rows; default `ORPOCollator`.
         train_dataset, eval_dataset: rows in any registered format (docs/data.md): `datasets.Dataset`,
-            `IterableDataset`, or a list of dicts; `eval_dataset` may be a dict of them.
+            `IterableDataset`, a list of dicts, a DataFrame, or a dict of columns; `eval_dataset` may be a dict of them
+            or a `DatasetDict`.
         processing_class: the tokenizer (or a processor that has one); default: the model's. `tokenizer=` is accepted.
         model_init, callbacks, optimizers, preprocess_logits_for_metrics, compute_metrics: as in `Trainer`;
             predictions are [pairs, 2] mean log-probabilities of chosen and rejected answers.
@@ -92,12 +95,14 @@ class ORPOTrainer(ORPOMethods, Trainer):
             with args.main_process_first(desc="tokenizing the training set"):
                 train_dataset = prepared(train_dataset, tokenizer, options, args, "train")
         with args.main_process_first(desc="tokenizing the evaluation set"):
-            if isinstance(eval_dataset, Mapping) and not hasattr(eval_dataset, "map"):
+            if are_several(eval_dataset):
                 eval_dataset = {
                     name: prepared(rows, tokenizer, options, args, name) for name, rows in eval_dataset.items()
                 }
             elif eval_dataset is not None:
                 eval_dataset = prepared(eval_dataset, tokenizer, options, args, "eval")
+        self._prepare = functools.partial(prepared, tokenizer=tokenizer, options=options, args=args)
+        self._own_collator = data_collator is not None
         super().__init__(
             model=None if model is None else example,
             args=args,
@@ -111,9 +116,52 @@ class ORPOTrainer(ORPOMethods, Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.set_up_orpo(args.options(), layout_check=args.layout_check)
+        self.set_up_orpo(layout_check=args.layout_check)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """TRL's trainer has its options as attributes; here they go to `args`, where they are read.
+
+        Raises `ConfigError` for one that would have no effect any more.
+        """
+        if name in FIXED_OPTIONS:
+            raise cannot_change(name, value, getattr(vars(self).get("args"), name, None))
+        if is_legacy(name):
+            raise ConfigError(f"trainer.{name}={value!r} would have no effect: {todays_name(name)}")
+        if name in RUN_OPTIONS:
+            before = getattr(self.args, name)
+            setattr(self.args, name, value)
+            try:
+                self.args.check()
+            except ConfigError:
+                setattr(self.args, name, before)
+                raise
+            return
+        super().__setattr__(name, value)
+
+    def prepare_rows(self, rows: Any, name: str) -> Any:
+        """Prepared as the constructor prepares its sets."""
+        return self._prepare(rows, name=name)
+
+    def apply_options(self, new: dict[str, Any]) -> None:
+        """Also gives the collator another layout, or the NLL other tokens."""
+        self.args.check()
+        super().apply_options(new)
+        given = {"layout", "nll_over"} & new.keys()
+        if given and self._own_collator:
+            raise ConfigError(
+                f"{' and '.join(sorted(given))} changed in the arguments, but data_collator, which was given to the "
+                "trainer, decides: build a new trainer with another collator"
+            )
+        if "nll_over" in new:
+            self.data_collator.nll_over = new["nll_over"]
+        if "show_example" in new and isinstance(self.data_collator, ORPOCollator):
+            self.data_collator.show_example = new["show_example"]
+        if "layout" in new:
+            self.data_collator.layout, _ = best_layout(new["layout"], self.model)
+            self.data_collator.layout.prepare(self.model)
+            self._layout_is_checked = not self.args.layout_check
 
     def create_model_card(
         self,

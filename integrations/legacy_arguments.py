@@ -10,7 +10,7 @@ from typing import Any
 
 from orpo_plugins.errors import ConfigError
 
-_RENAMED = {
+RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "orpo_alpha": "beta",
     "orpo_beta": "odds_temperature",
@@ -37,8 +37,8 @@ def translate(given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
     arguments = dict(given)
     for old in [name for name in arguments if name not in known]:
         value = arguments.pop(old)
-        if old in _RENAMED:
-            _set(arguments, _RENAMED[old], value, old)
+        if old in RENAMED:
+            _set(arguments, RENAMED[old], value, old)
         elif old in _SPECIAL:
             _SPECIAL[old](arguments, value)
         elif old in _WITHOUT_EFFECT:
@@ -50,7 +50,14 @@ def translate(given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
 
 def is_legacy(name: str) -> bool:
     """Whether `translate` knows `name` as an old one."""
-    return name in _RENAMED or name in _SPECIAL or name in _WITHOUT_EFFECT
+    return name in RENAMED or name in _SPECIAL or name in _WITHOUT_EFFECT
+
+
+def todays_name(old: str) -> str:
+    """What to do in place of setting an old name."""
+    if old in _WITHOUT_EFFECT:
+        return _WITHOUT_EFFECT[old]
+    return f"it is {RENAMED[old]} now" if old in RENAMED else "pass it to ORPOConfig"
 
 
 def _set(arguments: dict[str, Any], new: str, value: Any, old: str) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length, seed_worker
 from orpo_plugins.batching import PairBatches, check_batch_options
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.preparation import is_tokenized
 from orpo_plugins.tokenized_rows import COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def pair_batches(trainer: Any) -> PairBatches | None:
         return None
     if limit is None and not (grouped and not args.accelerator_config.split_batches):
         return None
-    if not _is_tokenized(dataset):
+    if not is_tokenized(dataset):
         if limit is not None:
             raise ConfigError(
                 f"max_tokens_per_batch={limit} needs the length of every row, and the training set is not what the "
@@ -222,7 +223,7 @@ def epoch_tokens(trainer: Any) -> EpochTokens | None:
     args, rows, collator = trainer.args, trainer.train_dataset, trainer.data_collator
     if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
         return None  # a stream, or a dataset that may make its rows anew each time they are read
-    if not _is_tokenized(rows):
+    if not is_tokenized(rows):
         return None
     total = len(rows)
     if total > _COUNTED_ROWS:
@@ -251,13 +252,6 @@ class _Ragged:
 
     def __init__(self, values: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
         self.values, self.starts, self.ends = values, offsets[:-1], offsets[1:]
-
-
-def _is_tokenized(dataset: Any) -> bool:
-    """Whether every row has the columns of `prepare_dataset`, which a dataset of the user's own need not."""
-    names = getattr(dataset, "column_names", None)
-    names = (dataset[0] if len(dataset) else ()) if names is None else names
-    return set(COLUMNS) <= set(names)
 
 
 def _columns(dataset: Any, start: int) -> list[_Ragged]:

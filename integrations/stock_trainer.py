@@ -9,6 +9,7 @@ fuse_head(trainer)                             # optional: no logits in memory, 
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.forward import Denominators, ORPOOptions, counts_of, nll_weights, pair_loss
 from orpo_plugins.head import logits_of
+from orpo_plugins.integrations.live_options import Option
 from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.interfaces import Objective
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.predictions import IN_DECODER, Predictions
+from orpo_plugins.preparation import prepare_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,11 @@ class ORPOLoss:
     Args:
         beta: the paper's lambda, >= 0.
         odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
+
+    Both are attributes, too, which may be set between steps (`ConfigError` for a value out of range).
     """
+
+    beta, odds_temperature = Option("options"), Option("options")
 
     def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
         self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
@@ -103,6 +110,58 @@ def _check_model(outputs: Any, labels: Tensor) -> None:
         )
 
 
+class FusedHead(ORPOMethods):
+    """`ORPOMethods` for a stock Trainer, with the options of its `ORPOLoss` and those of `fuse_head`."""
+
+    orpo_loss: ORPOLoss
+    _fused: dict[str, Any]
+
+    @property
+    def orpo_options(self) -> ORPOOptions:
+        """What defines the loss: `ORPOLoss.options` as they are now, `kernel` and `nll_normalization` of the trainer.
+
+        Raises `ConfigError` where the loss has been given one of the latter.
+        """
+        options = self.orpo_loss.options
+        for name, value in self._fused.items():
+            if getattr(options, name) not in (getattr(ORPOOptions(), name), value):
+                raise ConfigError(
+                    f"ORPOLoss.options has {name}={getattr(options, name)!r} and the trainer {value!r}, which counts: "
+                    f"set trainer.{name}"
+                )
+        return replace(options, **self._fused, logit_means=True)
+
+    @orpo_options.setter
+    def orpo_options(self, options: ORPOOptions) -> None:
+        self._fused = {name: getattr(options, name) for name in self._fused}
+        own = {name: getattr(self.orpo_loss.options, name) for name in (*self._fused, "logit_means")}
+        self.orpo_loss.options = replace(options, **own)
+
+    @property
+    def compute_loss_func(self) -> None:
+        """As for `ORPOMethods`, but another `ORPOLoss` may be set."""
+        return None
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Any) -> None:
+        if not isinstance(function, ORPOLoss):
+            raise ConfigError(f"compute_loss_func={function!r} would never be called: set an ORPOLoss")
+        self.orpo_loss = function
+
+    def prepare_rows(self, rows: Any, name: str) -> Any:
+        """Prepared with the options of the collator."""
+        collator = self.data_collator
+        return prepare_dataset(rows, collator.tokenizer, collator.options, name=name)[0]
+
+
+_NOT_CALLED = {
+    "compute_loss": "ORPO's loss and its figures take its place",
+    "prediction_step": "ORPO's loss and both log-probabilities take its place",
+    "_get_num_items_in_batch": "ORPO counts tokens and pairs itself",
+}
+"""Methods of a Trainer that the fused head replaces without calling them."""
+
+
 def fuse_head(
     trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch", layout_check: bool = True
 ) -> Trainer:
@@ -110,29 +169,57 @@ def fuse_head(
 
     Args:
         trainer: built with `data_collator=ORPOCollator(...)` and `compute_loss_func=ORPOLoss(...)`, whose `beta` and
-            `odds_temperature` are kept.  Its class is replaced by a subclass of itself.
-        kernel: "auto", "chunked", "chunked_fp32", "triton", "reference" or a plugin's name.
-        nll_normalization: "batch", "microbatch" or "pair".
+            `odds_temperature` count from step to step.  Its class is replaced by a subclass of itself.
+        kernel: "auto", "chunked", "chunked_fp32", "triton", "reference" or a plugin's name; then `trainer.kernel`.
+        nll_normalization: "batch", "microbatch" or "pair"; then `trainer.nll_normalization`.
         layout_check: whether the collator's layout is compared with *padded* on two pairs before training.
 
     Raises:
-        ConfigError: the trainer's loss or collator is another one.
+        ConfigError: the trainer's loss or collator is another one, it has the fused head already, or it has methods of
+            its own that would never be called.
     """
+    _check_fusable(trainer)
     loss, collator = trainer.compute_loss_func, trainer.data_collator
     if not isinstance(loss, ORPOLoss) or not isinstance(collator, ORPOCollator):
         raise ConfigError(
             f"the trainer has compute_loss_func={loss!r} and data_collator={type(collator).__name__}: build it with "
             "compute_loss_func=ORPOLoss(...) and data_collator=ORPOCollator(...) first"
         )
-    trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (ORPOMethods, type(trainer)), {})
-    trainer.set_up_orpo(
-        ORPOOptions(
-            beta=loss.options.beta,
-            odds_temperature=loss.options.odds_temperature,
-            kernel=kernel,
-            nll_normalization=nll_normalization,
-            logit_means=True,
-        ),
-        layout_check=layout_check,
-    )
+    fused: dict[str, Any] = {"kernel": kernel, "nll_normalization": nll_normalization}
+    replace(loss.options, **fused)  # raises for a value that is unknown
+    trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (FusedHead, type(trainer)), {})
+    trainer.compute_loss_func, trainer._fused = loss, fused
+    trainer.set_up_orpo(layout_check=layout_check)
     return trainer
+
+
+def _check_fusable(trainer: Any) -> None:
+    """Raises `ConfigError` for a trainer of which something would be left out."""
+    kind = type(trainer)
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"{kind.__name__} is no transformers.Trainer: for a loop of one's own there is orpo_forward")
+    if isinstance(trainer, ORPOMethods):
+        raise ConfigError(
+            f"{kind.__name__} has the fused head already: leave fuse_head out. trainer.kernel and "
+            "trainer.nll_normalization may be set between steps"
+        )
+    for base in kind.__mro__:
+        own = () if base.__module__.startswith("transformers.") else _NOT_CALLED.keys() & vars(base).keys()
+        for name in sorted(own):
+            raise ConfigError(
+                f"{base.__name__}.{name} would never be called: {_NOT_CALLED[name]}. Call fuse_head on a "
+                "transformers.Trainer without it, or derive from orpo_plugins.ORPOTrainer, whose methods may be "
+                "overridden"
+            )
+    names = {name for base in FusedHead.__mro__[:-1] for name in vars(base) if not name.startswith("__")}
+    for name in sorted(names & vars(trainer).keys() - {"compute_loss_func"}):
+        raise ConfigError(
+            f"trainer.{name} is set on the trainer itself, where it would hide what fuse_head puts in: remove "
+            "it, set an option on ORPOLoss or in fuse_head(trainer, ...), and for a method derive from "
+            "orpo_plugins.ORPOTrainer"
+        )
+    if getattr(trainer.args, "predict_with_generate", False):
+        raise ConfigError(
+            "predict_with_generate=True has no effect: an evaluation step makes both answers' log-probabilities. Leave "
+            "it out, and call trainer.model.generate after training"
+        )

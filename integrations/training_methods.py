@@ -6,6 +6,7 @@
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_utils import has_length
 
 from orpo_plugins.errors import ConfigError, ModelError
 from orpo_plugins.forward import (
+    STEP_TOTALS,
     Denominators,
     ORPOOptions,
     counts_of,
@@ -31,9 +33,12 @@ from orpo_plugins.integrations.before_training import (
     tokens_of_a_batch,
     tokens_of_an_epoch,
 )
+from orpo_plugins.integrations.live_options import LOSS_OPTIONS, Option, changed, differences, values_at
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
-from orpo_plugins.integrations.pair_loader import loader, pair_batches
+from orpo_plugins.integrations.pair_loader import check_batches, loader, pair_batches
+from orpo_plugins.integrations.search import checked_space, evaluation_loss
 from orpo_plugins.objective import ORPOOutput
+from orpo_plugins.preparation import are_several, as_rows, is_tokenized
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +57,57 @@ _NOT_CALLED = {
 """Methods of TRL's trainer that people override and that nothing here calls: what does the same."""
 
 
+def overridden(trainer: type, name: str, *, all_of: bool = False) -> str | None:
+    """The method of that name which a class behind `ORPOMethods` (or any) has of its own, as "Class.method".
+
+    Classes of transformers are what the mixin was written for, and are no classes of one's own.
+    """
+    bases = trainer.__mro__ if all_of else trainer.__mro__[trainer.__mro__.index(ORPOMethods) + 1 :]
+    own = (
+        base for base in bases if name in vars(base) and not base.__module__.startswith(("transformers.", __package__))
+    )
+    return next((f"{base.__name__}.{name}" for base in own), None)
+
+
 class ORPOMethods:
     """Loss, step totals, evaluation and logging of ORPO over any subclass of `transformers.Trainer`."""
 
-    orpo_options: ORPOOptions
     args: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
     model: Any
     model_wrapped: Any
     accelerator: Any
     model_accepts_loss_kwargs: bool
     loss_is_scaled_for_ga: bool | None
+
+    beta, odds_temperature, nll_normalization = Option("orpo_options"), Option("orpo_options"), Option("orpo_options")
+    loss_terms, kernel, memory_budget = Option("orpo_options"), Option("orpo_options"), Option("orpo_options")
+
+    @property
+    def orpo_options(self) -> ORPOOptions:
+        """What defines the loss, read from the arguments at every use: a change of them holds from the next step.
+
+        Raises `ConfigError` for a value out of range.
+        """
+        options: ORPOOptions = self.args.options()
+        return options
+
+    @orpo_options.setter
+    def orpo_options(self, options: ORPOOptions) -> None:
+        for name in LOSS_OPTIONS:
+            setattr(self.args, name, getattr(options, name))
+
+    @property
+    def compute_loss_func(self) -> None:
+        """None: `compute_loss` makes the whole loss; setting another raises `ConfigError`."""
+        return None
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Any) -> None:
+        if function is not None:
+            raise ConfigError(f"compute_loss_func={function!r} would never be called. In its place: {_LOSS}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises `ConfigError` for a subclass with a method of TRL's trainer that would never be called."""
@@ -73,7 +119,7 @@ class ORPOMethods:
                     f"its place: {_NOT_CALLED[name]}"
                 )
 
-    def set_up_orpo(self, options: ORPOOptions, *, layout_check: bool = True) -> None:
+    def set_up_orpo(self, *, layout_check: bool = True) -> None:
         """Called once, after the base class is initialized; `ConfigError` for an argument that would be ignored."""
         if self.args.label_smoothing_factor:
             raise ConfigError(
@@ -81,19 +127,16 @@ class ORPOMethods:
                 "leave it out"
             )
         self._keep_batches_whole()
-        self.orpo_options = options
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None
         self._of_the_last_pass: list[Any] = []
+        self._running = False
+        self._followed = values_at(self.args)
+        self._announced = self._values()
         self._layout_is_checked = not layout_check
         self._tokens_are_told = False
         self.add_callback(BeforeTraining(self))  # type: ignore[attr-defined]
-        # Who divides by the number of micro-batches: for "microbatch" the Trainer, else our denominators have done it.
-        # transformers reads loss_is_scaled_for_ga since 5.19 and model_accepts_loss_kwargs (with a token count) before.
-        scaled = options.nll_normalization != "microbatch"
-        self.loss_is_scaled_for_ga = scaled
-        self.model_accepts_loss_kwargs = scaled
-        self.compute_loss_func = None
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = self.nll_normalization != "microbatch"
         keep_four_bit_trainable(self.model)  # type: ignore[attr-defined]
 
     def _keep_batches_whole(self) -> None:
@@ -117,14 +160,87 @@ class ORPOMethods:
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size  # which counted the GPUs
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called again by every trial of a search."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self._keep_batches_whole()
+
+    # ---- options that change
+
+    def follow_options(self) -> None:
+        """Applies what has changed in the arguments since the last run, or raises `ConfigError`; see `live_options`."""
+        new = changed(self._followed, self.args, running=self._running)
+        if new:
+            self.apply_options(new)
+            self._followed = values_at(self.args)
+
+    def apply_options(self, new: dict[str, Any]) -> None:
+        """Applies `RUN_OPTIONS` with their new values; the batches read theirs when they are made."""
+        check_batches(self.args, self.train_dataset)
+        if "layout_check" in new:
+            self._layout_is_checked = not new["layout_check"]
+        vars(self).pop("_eval_dataloaders", None)  # persistent workers have the collator as it was
+
+    def announce_changes(self) -> None:
+        """Says on the main process which options are others than those in the log so far."""
+        now = self._values()
+        if now != self._announced and self.is_world_process_zero():  # type: ignore[attr-defined]
+            logger.warning("ORPO by orpo-plugins is active: %s", differences(self._announced, now))
+        self._announced = now
+
+    def _values(self) -> dict[str, Any]:
+        options = self.orpo_options
+        return {**{name: getattr(options, name) for name in LOSS_OPTIONS}, **self._followed}
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`Trainer`'s; the default objective is the loss on the evaluation set, the mean over several sets.
+
+        Raises `ConfigError` for a name in the space that is no argument, which `Trainer` would only warn of.
+        """
+        return super().hyperparameter_search(  # type: ignore[misc]
+            None if hp_space is None else checked_space(hp_space, self.args),
+            compute_objective or (lambda metrics: evaluation_loss(metrics, self.eval_dataset)),
+            *args,
+            **kwargs,
+        )
+
+    # ---- training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s; what a run has summed up and not logged, whole or interrupted, ends with it."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._forget_the_run()
+
+    def begin_run(self) -> None:
+        """Called when the first batch is about to be read, also by a second attempt of `auto_find_batch_size`."""
+        self._forget_the_run()
+        self._running = True
+        self.announce_changes()
+
+    def _forget_the_run(self) -> None:
+        self._sums["train"] = MetricSums()
+        self._of_the_last_pass = []
+        self._running = False
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Also counts the NLL tokens and pairs of the whole optimizer step, over all ranks, in one reduction.
+
+        Each batch carries these totals along, so that no other batch is ever divided by them.
 
         Where a stream ends inside a step, its next pass fills the step up.  The Trainer takes no step there: it would
         add the gradient of those batches, normalized as a step of their own, to the next step's.
 
         Raises `ConfigError` for a stream that ends inside the first step: no step would ever be taken.
         """
+        self.follow_options()
         batches, self._of_the_last_pass = self._of_the_last_pass, []
         more, _ = super().get_batch_samples(epoch_iterator, num_batches - len(batches), device)  # type: ignore[misc]
         batches = [*batches, *more]
@@ -140,25 +256,89 @@ class ORPOMethods:
         counts = torch.stack([counts_of(predictions_of(batch)) for batch in batches]).sum(0).to(device)
         # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
         totals = self.accelerator.reduce(counts, reduction="mean")
-        self._step_totals = Denominators.of(totals)
+        step = Denominators.of(totals)
+        for batch in batches:
+            batch[STEP_TOTALS] = step
         return batches, totals[0]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """`Trainer`'s; a batch that is not of the loop is a step of its own."""
+        totals = inputs.get(STEP_TOTALS)
+        # Who divides by the number of micro-batches: for "microbatch" the Trainer, else our denominators have done it.
+        # transformers reads loss_is_scaled_for_ga since 5.19 and model_accepts_loss_kwargs (with a token count) before.
+        scaled = totals is None or self.nll_normalization != "microbatch"
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = scaled
+        if totals is None:
+            num_items_in_batch = own_denominators(predictions_of(inputs)).nll_tokens
+        # Out of the batch, since a compute_loss of the user's own may give all of it to the model.
+        inputs = type(inputs)({key: value for key, value in inputs.items() if key != STEP_TOTALS})
+        self._step_totals = totals
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        finally:
+            self._step_totals = None
 
     def get_train_dataloader(self) -> Any:
         """Batches by tokens or by length where the arguments ask for them.
 
         Checks the layout first, where the model is whole: what a pair costs depends on it.
         """
-        self._of_the_last_pass = []  # of a run that was interrupted
+        self.follow_options()
         if self.train_dataset is None:  # type: ignore[attr-defined]
             return super().get_train_dataloader()  # type: ignore[misc]  # which says that one is needed
+        self.train_dataset = as_rows(self.train_dataset)  # type: ignore[attr-defined]
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
             self.check_layout(self.model, batches_are_planned=False)
         batches = pair_batches(self)
-        return super().get_train_dataloader() if batches is None else loader(self, batches)  # type: ignore[misc]
+        if batches is None:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        if own := overridden(type(self), "get_train_dataloader") or overridden(
+            type(self), "_get_train_sampler", all_of=True
+        ):
+            raise ConfigError(
+                f"{own} would never be called: max_tokens_per_batch and train_sampling_strategy='group_by_length' make "
+                "batches of their own. Leave these options out, or the method"
+            )
+        return loader(self, batches)
+
+    def prepare_rows(self, rows: Any, name: str) -> Any:
+        """Rows that are not tokenized yet, as the trainer's own are: unusable ones are dropped, and the log says so."""
+        raise NotImplementedError
+
+    def _tokenized(self, dataset: Any, name: str) -> Any:
+        if are_several(dataset):
+            return {each: self._tokenized(rows, str(each)) for each, rows in dataset.items()}
+        dataset = as_rows(dataset, name)
+        if is_tokenized(dataset):
+            return dataset
+        with self.args.main_process_first(desc=f"tokenizing the {name} set"):
+            return self.prepare_rows(dataset, name)
+
+    def _evaluated(self, dataset: Any) -> Any:
+        """What evaluation is asked for: a dataset, or the trainer's own, or that of a name among them."""
+        if dataset is not None and not isinstance(dataset, str):
+            return self._tokenized(dataset, "eval")
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._tokenized(self.eval_dataset, "eval")
+        return dataset
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`Trainer`'s, on rows in every form that the constructor takes."""
+        metrics: dict[str, float] = super().evaluate(self._evaluated(eval_dataset), *args, **kwargs)  # type: ignore[misc]
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """`Trainer`'s, on rows in every form."""
+        return super().get_eval_dataloader(self._evaluated(eval_dataset))  # type: ignore[misc]
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """`Trainer`'s, on rows in every form."""
+        return super().get_test_dataloader(self._tokenized(as_rows(test_dataset, "test"), "test"))  # type: ignore[misc]
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The set's own order; grouped by length with the training set, predictions would not stand in the rows'."""
-        if self.args.train_sampling_strategy != "group_by_length":
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped or overridden(type(self), "_get_eval_sampler"):
             return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
@@ -190,7 +370,9 @@ class ORPOMethods:
         return (loss, output) if return_outputs else loss
 
     def orpo_output(self, model: nn.Module, inputs: dict[str, Any], split: str) -> ORPOOutput:
-        """One forward pass and its figures, summed under `split`."""
+        """One forward pass and its figures, summed under `split`, unless they are of a batch outside of the loop."""
+        options = self.orpo_options
+        step: Denominators | None = inputs.get(STEP_TOTALS, self._step_totals) if split == "train" else None
         predictions = predictions_of(inputs)
         pairs = predictions.num_pairs if split == "train" else self._pairs_of_the_set(predictions.num_pairs)
         if pairs < predictions.num_pairs:
@@ -198,10 +380,11 @@ class ORPOMethods:
             weights = 1.0 if predictions.weights is None else predictions.weights
             predictions = replace(predictions, weights=counted * weights)
         totals = own_denominators(predictions)
-        if split == "train" and self.orpo_options.nll_normalization != "microbatch" and self._step_totals is not None:
-            totals = self._step_totals
-        output = forward_with_options(model, inputs, self.orpo_options, predictions, totals)
-        self._sums[split].add(figures_of(output, self.orpo_options, totals))
+        if step is not None and options.nll_normalization != "microbatch":
+            totals = step
+        output = forward_with_options(model, inputs, options, predictions, totals)
+        if step is not None or split == "eval":
+            self._sums[split].add(figures_of(output, options, totals))
         return output
 
     def _pairs_of_the_set(self, num_pairs: int) -> int:
@@ -242,13 +425,15 @@ class ORPOMethods:
         Unless the normalization is per micro-batch, `{prefix}_loss` is computed from the sums over the whole set,
         which does not depend on how it was cut into batches.
         """
+        self.follow_options()
         sums = self._sums["eval"] = MetricSums()
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         figures = sums.pop(self.accelerator)
-        if figures and self.orpo_options.nll_normalization != "microbatch" and not self.orpo_options.loss_terms:
-            whole = figures["nll_loss"] - self.orpo_options.beta * figures["log_odds_ratio"]
+        options = self.orpo_options
+        if figures and options.nll_normalization != "microbatch" and not options.loss_terms:
+            whole = figures["nll_loss"] - options.beta * figures["log_odds_ratio"]
             output.metrics[f"{metric_key_prefix}_loss"] = whole + self._router_share(figures)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
@@ -262,6 +447,7 @@ class ORPOMethods:
             figures = self._sums["train"].pop(self.accelerator)
             self._check_finite(figures)
             logs.update(figures)
+            self.announce_changes()
         super().log(logs, start_time)  # type: ignore[misc]
 
     def end(self) -> None:
@@ -272,7 +458,7 @@ class ORPOMethods:
         """
         self.model_wrapped = self.model
         self.accelerator.free_memory()
-        self.accelerator.end_training()
+        getattr(super(), "end", self.accelerator.end_training)()
 
     def _check_finite(self, figures: dict[str, float]) -> None:
         """Raises `ModelError` once the loss has become NaN or infinite, which `logging_nan_inf_filter` would hide.

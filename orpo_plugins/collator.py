@@ -3,6 +3,7 @@
 Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
 """
 
+import dataclasses
 import logging
 import os
 from collections import Counter
@@ -22,6 +23,9 @@ from orpo_plugins.predictions import with_weights
 from orpo_plugins.tokenized_rows import RowTokenizer
 
 logger = logging.getLogger(__name__)
+
+_READ_ONCE = frozenset([*(field.name for field in dataclasses.fields(PairOptions)), "padding_value"])
+_FORMATS = "row_formats"
 
 
 class ORPOCollator:
@@ -71,7 +75,7 @@ class ORPOCollator:
         template_strings: bool = False,
     ) -> None:
         self.layout = plugins.layout("padded" if layout == "auto" else layout)
-        options = PairOptions(
+        self.options = PairOptions(
             max_length=max_length,
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
@@ -81,8 +85,6 @@ class ORPOCollator:
             train_on=train_on,
             template_strings=template_strings,
         )
-        if nll_over not in NLL_OVER:
-            raise ConfigError(f"unknown nll_over {nll_over!r}; known: {', '.join(NLL_OVER)}")
         if pad_to_multiple_of is not None and (self.layout.name != "padded" or pad_to_multiple_of < 1):
             raise ConfigError(
                 f"pad_to_multiple_of={pad_to_multiple_of!r} needs layout='padded' and a positive number; the layout is "
@@ -94,7 +96,7 @@ class ORPOCollator:
         self.left_out: Counter[str] = Counter()
         self.show_example = show_example
         self.example_is_logged = False
-        self._read = RowTokenizer(tokenizer, options)
+        self._read = RowTokenizer(tokenizer, self.options)
         self.pad_token_id = pad_token_id(tokenizer) if padding_value is None else padding_value
         if self.pad_token_id < 0:
             raise ConfigError(f"padding_value is {self.pad_token_id}: it is a token's id, and ids are not negative")
@@ -111,6 +113,37 @@ class ORPOCollator:
         if any(weight != 1 for weight in weights) or any(margins):
             batch["labels"] = with_weights(batch["labels"], weights, margins)
         return self._widened(batch) if self.pad_to_multiple_of else batch
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises `ConfigError` for an option that was read when the collator was made, and for an unknown nll_over."""
+        if name in _READ_ONCE:
+            raise ConfigError(
+                f"{name}={value!r} would have no effect on a collator that is made: make another, "
+                f"ORPOCollator(tokenizer, {name}={value!r}, ...)"
+            )
+        if name == "nll_over" and value not in NLL_OVER:
+            raise ConfigError(f"unknown nll_over {value!r}; known: {', '.join(NLL_OVER)}")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the layout goes by its name, and so do the row formats that rows are read with."""
+        return {**vars(self), "layout": self.layout.name, _FORMATS: [known.name for known in plugins.row_formats()]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises `ConfigError` where this process has not the plugins of the one that sent the collator."""
+        here = {
+            "layouts": [layout.name for layout in plugins.layouts()],
+            "row formats": [known.name for known in plugins.row_formats()],
+        }
+        for kind, names in (("layouts", [state["layout"]]), ("row formats", state.pop(_FORMATS))):
+            missing = [name for name in names if name not in here[kind]]
+            if missing or (kind == "row formats" and names != here[kind]):
+                raise ConfigError(
+                    f"this process knows the {kind} {', '.join(here[kind])}, and the process that started it "
+                    f"has {', '.join(names)}: register plugins where workers do too, at the top level of the main "
+                    "script or by an entry point (docs/plugins.md), or set dataloader_num_workers=0"
+                )
+        vars(self).update(state, layout=plugins.layout(state["layout"]))
 
     def log_example(self, pair: Pair) -> None:
         """Logs a pair as text, in place of the first one of the next batch."""
@@ -129,7 +162,10 @@ class ORPOCollator:
                 reasons.append(built.reason)
         if not pairs:
             counts = ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).items())
-            raise BatchError(f"none of the {len(rows)} rows of the batch can be used: {counts}")
+            raise BatchError(
+                f"none of the {len(rows)} rows of the batch can be used: {counts}. Take such rows out beforehand: "
+                "rows, report = orpo_plugins.preparation.prepare_dataset(rows, tokenizer, collator.options)"
+            )
         for reason in reasons:
             if reason not in self.left_out:
                 logger.warning(

@@ -36,7 +36,9 @@ from orpo_plugins.predictions import CUT, IGNORE_INDEX, Predictions
 
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
-_NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+STEP_TOTALS = "orpo_step_totals"
+"""The key under which a batch of a Trainer's loop carries the `Denominators` of its optimizer step."""
+_NOT_FOR_THE_MODEL = ("labels", "shift_labels", STEP_TOTALS)
 _supported: "weakref.WeakKeyDictionary[nn.Module, set[tuple[str, str | None]]]" = weakref.WeakKeyDictionary()
 """Of every model, the layouts that it was found to run, each with the attention implementation it had then."""
 
@@ -66,6 +68,8 @@ class ORPOOptions:
             raise ConfigError(f"unknown nll_normalization {self.nll_normalization!r}; known: {NLL_NORMALIZATIONS}")
         for name in self.loss_terms:
             plugins.loss_term(name)
+        if self.kernel != "auto":
+            plugins.known_kernel(self.kernel)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

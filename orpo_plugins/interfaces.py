@@ -70,6 +70,27 @@ class Pair:
     """What its log odds, times the temperature, have to exceed."""
 
 
+# Defaults of the classes below are functions of this module: a lambda could not be sent to another process.
+
+
+def always_supported(_: object) -> None:
+    """`unsupported` of what runs everywhere."""
+
+
+def nothing_to_prepare(model: torch.nn.Module) -> None:
+    """`prepare` of a layout that needs nothing of a model."""
+
+
+def no_context(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """`forward_context` of a layout whose batches run as any others."""
+    return nullcontext()
+
+
+def inputs_as_they_are(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`model_inputs` of a layout whose batches hold what the model takes."""
+    return inputs
+
+
 class LayoutFunction(Protocol):
     """Puts pairs into one forward pass."""
 
@@ -90,13 +111,13 @@ class Layout:
 
     name: str
     collate: LayoutFunction
-    unsupported: Callable[[torch.nn.Module], str | None] = lambda model: None
+    unsupported: Callable[[torch.nn.Module], str | None] = always_supported
     """Why a model cannot run in this layout, in words for the log; None where it can."""
-    prepare: Callable[[torch.nn.Module], None] = lambda model: None
+    prepare: Callable[[torch.nn.Module], None] = nothing_to_prepare
     """Called once per model before its first batch in this layout (to register an attention function, say)."""
-    forward_context: Callable[[torch.nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+    forward_context: Callable[[torch.nn.Module], AbstractContextManager[Any]] = no_context
     """Entered around every forward pass with a batch of this layout."""
-    model_inputs: Callable[[torch.nn.Module, dict[str, Any]], dict[str, Any]] = lambda model, inputs: inputs
+    model_inputs: Callable[[torch.nn.Module, dict[str, Any]], dict[str, Any]] = inputs_as_they_are
     """The model's keyword arguments from those of a batch, for what only the model can tell."""
     keyword: str | None = None
     """The key by which a batch of this layout is known, where it needs `forward_context` or `model_inputs`."""
@@ -168,7 +189,7 @@ class Kernel:
 
     name: str
     compute: KernelFunction
-    unsupported: Callable[[torch.device], str | None] = lambda device: None
+    unsupported: Callable[[torch.device], str | None] = always_supported
     """Why the kernel cannot run on a device, in words; None where it can."""
     priority: int = 0
     """`kernel="auto"` takes the supported kernel with the highest."""

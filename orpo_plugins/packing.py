@@ -51,6 +51,10 @@ class Spans:
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What attention functions derive from the spans (masks, offsets), once per batch instead of once per layer."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache: its tensors may be on a device, and are made again from the spans."""
+        return {"spans": self.spans, "cache": {}}
+
     def derived(self, key: Any, make: Callable[[], Any]) -> Any:
         """The cached value for `key`, made on first use."""
         if key not in self.cache:

@@ -7,10 +7,13 @@ A row that is *malformed* (a column missing, a value of the wrong type) raises `
 but *unusable* (both answers equal, nothing to learn from) is dropped, counted and reported with its number.
 """
 
+import itertools
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import torch.utils.data
 
 from orpo_plugins.dataset_cache import fingerprint
 from orpo_plugins.errors import ConfigError
@@ -36,8 +39,8 @@ def prepare_dataset(
 
     Args:
         dataset: `datasets.Dataset` (cached, and tokenized by `num_proc` processes), `datasets.IterableDataset` or any
-            other iterable without a length (tokenized as it is read), or a sequence of dicts.  Rows in any registered
-            format, or tokenized already.
+            other iterable without a length (tokenized as it is read), a sequence of dicts, or a table (see `as_rows`).
+            Rows in any registered format, or tokenized already.
         tokenizer: see `PairBuilder`.
         options: lengths.
         num_proc: processes, for a `datasets.Dataset`.
@@ -55,15 +58,13 @@ def prepare_dataset(
     """
     rows = RowTokenizer(tokenizer, PairOptions() if options is None else options)
     report = PreparationReport(name=name)
+    dataset = as_rows(dataset, name)
     # A dataset of that package can only be here if the package was imported.
     package = sys.modules.get("datasets")
     if package is not None and isinstance(dataset, package.Dataset):
         prepared = _prepare_mapped(dataset, rows, report, num_proc)
     elif package is not None and isinstance(dataset, package.IterableDataset):
         return _prepare_stream(dataset, rows, report), report
-    elif isinstance(dataset, Mapping):
-        keys = ", ".join(map(repr, dataset))
-        raise ConfigError(f"the {name} dataset is a {type(dataset).__name__} with the keys {keys}: pass one of them")
     elif isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise ConfigError(
             f"the {name} dataset is {shown(dataset)}: pass a datasets.Dataset, an iterable or a list of dicts"
@@ -71,11 +72,78 @@ def prepare_dataset(
     elif hasattr(dataset, "__len__"):
         prepared = _as_dataset(list(_tokenized(enumerate(_rows_of(dataset)), rows, report)))
     else:
-        return _stream(dataset, rows, report), report
+        return PreparedStream(dataset, rows, report), report
     _check_not_empty(report)
     if not report.all_whole():
         logger.warning("%s", report.summary())
     return prepared, report
+
+
+def as_rows(dataset: Any, name: str = "train") -> Any:
+    """A dataset that is read row by row: tables and columns become one, any other is returned as it is.
+
+    A pandas or polars DataFrame and a pyarrow Table become a `datasets.Dataset`; a mapping from column to values
+    becomes a list.
+
+    Raises:
+        ConfigError: several datasets by name, or columns of several lengths.
+    """
+    pandas, polars, pyarrow = (sys.modules.get(package) for package in ("pandas", "polars", "pyarrow"))
+    if pandas is not None and isinstance(dataset, pandas.DataFrame):
+        return _datasets("a DataFrame").Dataset.from_pandas(dataset, preserve_index=False)
+    if polars is not None and isinstance(dataset, polars.DataFrame | polars.LazyFrame):
+        return _datasets("a DataFrame").Dataset.from_polars(dataset.lazy().collect())
+    if pyarrow is not None and isinstance(dataset, pyarrow.Table):
+        return _datasets("a Table").Dataset(dataset)
+    if not isinstance(dataset, Mapping):
+        return dataset
+    if are_several(dataset):
+        names, first = ", ".join(map(repr, dataset)), next(iter(dataset), "...")
+        raise ConfigError(
+            f"the {name} dataset is a {type(dataset).__name__} with the keys {names}: pass one of them, as "
+            f"dataset[{first!r}]"
+        )
+    lengths = {column: len(values) for column, values in dataset.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"the columns of the {name} dataset differ in length: {lengths}")
+    return [dict(zip(dataset, values, strict=True)) for values in zip(*dataset.values(), strict=True)]
+
+
+def are_several(dataset: Any) -> bool:
+    """Whether a dataset is several by name (a dict of them, a `DatasetDict`) and not columns of one."""
+    if not isinstance(dataset, Mapping):
+        return False
+    columns = all(hasattr(values, "__len__") and not isinstance(values, str | Mapping) for values in dataset.values())
+    if not columns or not dataset:
+        return True
+    # Values that are messages are columns too, where the name is one that rows have.
+    known = "chosen" in dataset or set(COLUMNS) <= set(dataset)
+    return not known and any(_is_a_dataset(values) for values in dataset.values())
+
+
+def _is_a_dataset(values: Any) -> bool:
+    """Whether something in a mapping is rows, and not the values of a column."""
+    if not isinstance(values, list | tuple):
+        return not (hasattr(values, "tolist") and not hasattr(values, "columns"))  # an array or a pandas Series
+    return not values or isinstance(values[0], Mapping)
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether every row has the columns of `prepare_dataset`, which a dataset of the user's own need not."""
+    if isinstance(dataset, PreparedStream):
+        return True
+    names = getattr(dataset, "column_names", None)
+    if names is None and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset):
+        names = dataset[0] if isinstance(dataset[0], Mapping) else None
+    return set(COLUMNS) <= set(names or ())
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"{what} is read by the package datasets, which is not installed: pip install it") from error
+    return datasets
 
 
 def _check_not_empty(report: PreparationReport) -> None:
@@ -219,12 +287,18 @@ def _prepare_stream(dataset: Any, rows: RowTokenizer, report: PreparationReport)
     )
 
 
-def _stream(dataset: Iterable[Any], rows: RowTokenizer, report: PreparationReport) -> Any:
-    """Any other iterable, as a torch dataset that can be read again and again."""
-    from torch.utils.data import IterableDataset
+class PreparedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Any other iterable, as a torch dataset that can be read again and again.
 
-    class Stream(IterableDataset[dict[str, Any]]):
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            return _streamed(enumerate(dataset), rows, report)
+    Several workers share its rows out, unless it is a torch dataset, which does so by itself.
+    """
 
-    return Stream()
+    def __init__(self, dataset: Iterable[Any], rows: RowTokenizer, report: PreparationReport) -> None:
+        self.dataset, self.rows, self.report = dataset, rows, report
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        numbered: Iterable[tuple[int, Any]] = enumerate(self.dataset)
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and not isinstance(self.dataset, torch.utils.data.IterableDataset):
+            numbered = itertools.islice(numbered, worker.id, None, worker.num_workers)
+        return _streamed(numbered, self.rows, self.report)

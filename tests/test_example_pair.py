@@ -133,6 +133,16 @@ def test_it_can_be_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert logged(caplog) == []
 
 
+def test_it_can_be_switched_between_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(tmp_path, max_steps=1)
+    made.args.show_example = False
+    made.train()
+    assert logged(caplog) == []
+    made.args.show_example = True
+    made.train()
+    assert len(logged(caplog)) == 1
+
+
 def test_tokenized_rows_are_shown_too(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny.tokenizer()
     prepared, _ = prepare_dataset(tiny.rows(2), tokenizer, PairOptions())

@@ -1,5 +1,7 @@
 """A stock transformers.Trainer with ORPOCollator and ORPOLoss, and with the fused head put in."""
 
+from collections import Counter
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from helpers import assert_within
 from test_seq2seq import build as encoder_decoder
 from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from training import trainer as orpo_trainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, orpo_forward
+from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, errors, fuse_head, orpo_forward
+from orpo_plugins.preparation import prepare_dataset
 
 LAYOUTS = ("padded", "packed", "shared")
 
@@ -186,6 +190,154 @@ def test_fuse_head_wants_our_loss_and_collator(tmp_path: Path) -> None:
     trainer = stock(tmp_path, loss=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum())
     with pytest.raises(errors.ConfigError, match=r"build it with\s+compute_loss_func=ORPOLoss"):
         fuse_head(trainer)
+
+
+class LossOfOnesOwn(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+class StepOfOnesOwn(Trainer):
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(*args, **kwargs)
+
+
+class CountOfOnesOwn(Trainer):
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_num_items_in_batch(*args, **kwargs)
+
+
+class Derived(LossOfOnesOwn):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (LossOfOnesOwn, "LossOfOnesOwn.compute_loss"),
+        (StepOfOnesOwn, "StepOfOnesOwn.prediction_step"),
+        (CountOfOnesOwn, "CountOfOnesOwn._get_num_items_in_batch"),
+        (Derived, "LossOfOnesOwn.compute_loss"),
+    ],
+)
+def test_fuse_head_refuses_a_method_that_would_not_be_called(kind: type[Trainer], method: str, tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    trainer.__class__ = kind
+    with pytest.raises(errors.ConfigError, match=rf"{method} would never be called: .* derive from orpo_plugins\.ORPO"):
+        fuse_head(trainer)
+    # The advice: over ORPOTrainer, or without the method.
+    name = method.split(".")[1]
+    type("Mine", (ORPOTrainer,), {name: getattr(kind, name)})
+    trainer.__class__ = Trainer
+    fuse_head(trainer).train()
+
+
+class Calls(Trainer):
+    """Counts the calls of methods that the fused head passes on to."""
+
+    calls: Counter[str]
+
+    def _count(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.calls[name] += 1
+        return getattr(super(), name)(*args, **kwargs)
+
+
+PASSED_ON = (
+    "train",
+    "training_step",
+    "get_batch_samples",
+    "get_train_dataloader",
+    "evaluate",
+    "get_eval_dataloader",
+    "_get_eval_sampler",
+    "evaluation_loop",
+    "log",
+    "predict",
+    "get_test_dataloader",
+)
+for name in PASSED_ON:
+    setattr(Calls, name, partialmethod(Calls._count, name))
+
+
+def test_other_methods_of_a_subclass_are_called(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    trainer.__class__, trainer.calls = Calls, Counter()
+    rows = trainer.eval_dataset
+    fuse_head(trainer).train()
+    trainer.args.train_sampling_strategy = "group_by_length"
+    trainer.evaluate()
+    trainer.predict(rows)
+    assert [name for name in PASSED_ON if not trainer.calls[name]] == []
+
+
+def test_a_loader_of_ones_own_and_batches_by_length_are_one_too_many(tmp_path: Path) -> None:
+    class Loads(Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return super()._get_train_sampler(*args)
+
+    trainer = stock(tmp_path, train_sampling_strategy="group_by_length")
+    trainer.__class__ = Loads
+    trainer.train_dataset, _ = prepare_dataset(trainer.train_dataset, tiny.tokenizer())
+    fuse_head(trainer)
+    with pytest.raises(errors.ConfigError, match=r"Loads\._get_train_sampler would never be called: .*group_by_length"):
+        trainer.train()
+    trainer.args.train_sampling_strategy = "random"
+    trainer.train()
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "prediction_step", "training_step", "log", "get_batch_samples"])
+def test_fuse_head_refuses_a_method_set_on_the_trainer(name: str, tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    setattr(trainer, name, getattr(trainer, name))
+    with pytest.raises(errors.ConfigError, match=rf"trainer\.{name} is set on the trainer itself, .*: remove it"):
+        fuse_head(trainer)
+    delattr(trainer, name)
+    fuse_head(trainer).train()
+
+
+def test_fuse_head_refuses_an_option_set_on_the_trainer(tmp_path: Path) -> None:
+    trainer = stock(tmp_path)
+    trainer.beta = 0.7
+    with pytest.raises(errors.ConfigError, match=r"trainer\.beta is set on the trainer itself, .* on ORPOLoss"):
+        fuse_head(trainer)
+
+
+def test_fuse_head_is_called_once(tmp_path: Path) -> None:
+    trainer = fuse_head(stock(tmp_path))
+    for fused in (trainer, orpo_trainer(tmp_path)):
+        with pytest.raises(errors.ConfigError, match="has the fused head already: leave fuse_head out"):
+            fuse_head(fused)
+    with pytest.raises(errors.ConfigError, match=r"LlamaForCausalLM is no transformers\.Trainer: .* orpo_forward"):
+        fuse_head(trainer.model)
+
+
+def test_trls_trainers_are_refused_by_name(tmp_path: Path) -> None:
+    sft = pytest.importorskip("trl").SFTTrainer
+    trainer = stock(tmp_path)
+    trainer.__class__ = sft
+    with pytest.raises(errors.ConfigError, match=r"SFTTrainer\.compute_loss would never be called"):
+        fuse_head(trainer)
+
+
+def test_a_sequence_to_sequence_trainer_may_not_generate(tmp_path: Path) -> None:
+    def build(**options: Any) -> Trainer:
+        args = Seq2SeqTrainingArguments(
+            str(tmp_path), max_steps=1, use_cpu=True, report_to="none", remove_unused_columns=False, **options
+        )
+        return Seq2SeqTrainer(
+            without_dropout(encoder_decoder("t5")),
+            args,
+            train_dataset=tiny.rows(8),
+            eval_dataset=tiny.rows(4),
+            data_collator=ORPOCollator(encoder_decoder_tokenizer(), layout="seq2seq"),
+            compute_loss_func=ORPOLoss(),
+        )
+
+    trainer = fuse_head(build())
+    trainer.train()
+    assert "eval_rewards/accuracies" in trainer.evaluate()
+    with pytest.raises(errors.ConfigError, match="predict_with_generate=True has no effect"):
+        fuse_head(build(predict_with_generate=True))
 
 
 def test_labels_that_are_not_the_collators_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ loader starts its workers: the collator can still be given another layout.
 import itertools
 import logging
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ from transformers.trainer_utils import has_length
 from orpo_plugins import plugins
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
-from orpo_plugins.head import evaluating, is_encoder_decoder, unwrap_model
+from orpo_plugins.head import evaluating, is_encoder_decoder
 from orpo_plugins.integrations.pair_loader import _is_tokenized, epoch_tokens, sizes
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.layout_check import check_layout
 from orpo_plugins.model_checks import Examined, examine, too_few_positions
 from orpo_plugins.packing import SPANS
-from orpo_plugins.virtual_tokens import adapter_of, checkpointed, is_in_the_cache
+from orpo_plugins.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,10 @@ def without_checkpointing(model: nn.Module, args: Any) -> None:
     logger.warning(
         "gradient checkpointing is off: it would take away the cache, in which the adapter has its virtual tokens"
     )
-    args.gradient_checkpointing = False
-    cast(Any, unwrap_model(model)).gradient_checkpointing_disable()
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the new name since transformers 5.24
+        if hasattr(args, name):
+            setattr(args, name, False)
+    stop_checkpointing(model)
 
 
 def check_rows(trainer: Any, model: nn.Module) -> None:

@@ -81,3 +81,10 @@ def checkpointed(model: nn.Module) -> bool:
         getattr(module, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in module._modules
         for module in model.modules()
     )
+
+
+def stop_checkpointing(model: nn.Module) -> None:
+    """Turns it off, by the name that transformers has for it (a new one since 5.24)."""
+    inner: Any = unwrap_model(model)
+    new = getattr(inner, "activation_checkpointing_disable", None)
+    (inner.gradient_checkpointing_disable if new is None else new)()

@@ -20,6 +20,8 @@ from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, orpo_forward
 from orpo_plugins.virtual_tokens import virtual_tokens
 
 peft = pytest.importorskip("peft")
+# PEFT 0.21 passes what transformers 5.24 calls otherwise.
+pytestmark = pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning")
 
 VIRTUAL = 5
 ADAPTERS: dict[str, Callable[..., Any]] = {

@@ -98,11 +98,11 @@ def _is_ours(node: Any) -> bool:
 
 _KEPT, _CHANGED, _ENCODED = 2, 2, 7
 """Tokens of the examined rows: those that are looked at, those behind them, and those that an encoder reads."""
-_TOLERANCE, _TOLERANCE_OF_16_BITS = 2e-3, 5e-2
+_TOLERANCE, _TOLERANCE_OF_16_BITS = 2e-3, 2e-2
 """What logits may change by with the tokens behind them, relative to their length.
 
-Measured on every causal family of transformers: by 5e-7 and less in causal models (mixtures of experts, which multiply
-other groups of rows), by 6e-2 and more in others, in fp32 and bf16.
+Measured on every causal family of transformers, small and random: by 5e-7 and less in causal models (mixtures of
+experts, which multiply other groups of rows; 0 in bf16), by 6e-2 and more in others, in fp32 and bf16.
 """
 _MADE_BY_COLLATORS = {
     "input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels", DECODER_LABELS, SPANS

@@ -20,6 +20,7 @@ from transformers.trainer_utils import has_length
 from orpo_plugins import plugins
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
+from orpo_plugins.forward import check_vocabulary
 from orpo_plugins.head import evaluating, is_encoder_decoder
 from orpo_plugins.integrations.pair_loader import _is_tokenized, epoch_tokens, sizes
 from orpo_plugins.interfaces import Pair
@@ -66,19 +67,23 @@ def without_checkpointing(model: nn.Module, args: Any) -> None:
 def check_rows(trainer: Any, model: nn.Module) -> None:
     """Examines the model, and compares the longest tokenized row with the positions that it has; once per dataset.
 
+    Rows that are tokenized on the way are compared batch by batch, see `check_model`.
+
     Raises:
+        BatchError: a token is outside the model's vocabulary.
         ConfigError: a row is longer; names it, the limit and the option that cuts it.
         ModelError: the model is not causal.
     """
     train = trainer.train_dataset
     if getattr(trainer, "_rows_checked", None) is train or not _has_tokenized_rows(train):
         return
-    try:
-        batch = trainer._prepare_inputs(trainer.data_collator([train[0]]))
-    except BatchError:  # a row of the user's own that is left out in training too, where each batch is checked
-        return
+    if getattr(adapter_of(model), "peft_type", None) == "MULTITASK_PROMPT_TUNING":
+        return  # it cannot run without the tasks, which a batch has
+    ids = torch.tensor([[*train[0]["chosen_input_ids"], *train[0]["rejected_input_ids"]]])
+    check_vocabulary(model, ids)
+    ids = ids.to(next(model.parameters()).device)
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), evaluating(model, training=True):
-        examined = examine(model, batch)
+        examined = examine(model, {"input_ids": ids})
     evaluated = trainer.eval_dataset if trainer.args.do_eval else None
     others = evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated}
     for name, rows in {"training": train, **others}.items():

@@ -199,7 +199,7 @@ def forward_with_options(
         pair_loss=functools.partial(pair_loss, options=options, predictions=predictions, totals=totals),
     )
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
-    check_vocabulary(model, inputs["input_ids"], predictions)
+    check_vocabulary(model, inputs["input_ids"], predictions.tokens)
     layout = layout_of(inputs)
     inputs = inputs if layout is None else layout.model_inputs(model, inputs)
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
@@ -221,15 +221,15 @@ def forward_with_options(
     return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)
 
 
-def check_vocabulary(model: nn.Module, input_ids: Tensor, predictions: Predictions) -> None:
+def check_vocabulary(model: nn.Module, *tokens: Tensor) -> None:
     """Raises `BatchError` for a token that the model has no embedding for.
 
     On a CPU, where looking costs nothing; an accelerator asserts in the embedding itself.
     """
     size = getattr(config_of(model), "vocab_size", None)
-    if size is None or input_ids.device.type != "cpu":
+    if size is None or tokens[0].device.type != "cpu":
         return
-    largest = int(torch.cat([input_ids.flatten(), predictions.tokens]).max())
+    largest = int(torch.cat([ids.flatten() for ids in tokens]).max())
     if largest >= size:
         raise BatchError(
             f"token {largest} is outside the model's vocabulary of {size}: the tokenizer has more tokens than the "

@@ -126,7 +126,7 @@ def check_layout(
     beginnings = _beginnings(pairs)
     if not all(torch.equal(one["input_ids"], whole["input_ids"]) for one, whole in zip(batches, wholes, strict=True)):
         wholes, beginnings = batches, []  # a plugin's layout that goes by the labels: what predicts something, then
-    check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]))
+    check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]).tokens)
     with torch.no_grad(), evaluating(model):
         examine(model, batches[0])  # what runs the model on a few tokens must not pass by the hooks below
         if kernel != "reference":

@@ -21,7 +21,7 @@ from orpo_plugins import plugins
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.forward import check_vocabulary
-from orpo_plugins.head import evaluating, is_encoder_decoder
+from orpo_plugins.head import in_mode, is_encoder_decoder
 from orpo_plugins.integrations.pair_loader import _is_tokenized, epoch_tokens, sizes
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.layout_check import check_layout
@@ -67,7 +67,8 @@ def without_checkpointing(model: nn.Module, args: Any) -> None:
 def check_rows(trainer: Any, model: nn.Module) -> None:
     """Examines the model, and compares the longest tokenized row with the positions that it has; once per dataset.
 
-    Rows that are tokenized on the way are compared batch by batch, see `check_model`.
+    Rows that are tokenized on the way, and batches of a collator of one's own, which may hold more than tokens, are
+    looked at one by one (see `check_model`).
 
     Raises:
         BatchError: a token is outside the model's vocabulary.
@@ -75,14 +76,14 @@ def check_rows(trainer: Any, model: nn.Module) -> None:
         ModelError: the model is not causal.
     """
     train = trainer.train_dataset
-    if getattr(trainer, "_rows_checked", None) is train or not _has_tokenized_rows(train):
+    if type(trainer.data_collator) is not ORPOCollator or not _has_tokenized_rows(train):
         return
-    if getattr(adapter_of(model), "peft_type", None) == "MULTITASK_PROMPT_TUNING":
-        return  # it cannot run without the tasks, which a batch has
+    if getattr(trainer, "_rows_checked", None) is train:
+        return
     ids = torch.tensor([[*train[0]["chosen_input_ids"], *train[0]["rejected_input_ids"]]])
     check_vocabulary(model, ids)
     ids = ids.to(next(model.parameters()).device)
-    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), evaluating(model, training=True):
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), in_mode(model, training=True):
         examined = examine(model, {"input_ids": ids})
     evaluated = trainer.eval_dataset if trainer.args.do_eval else None
     others = evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated}

@@ -11,7 +11,7 @@ neither a scale nor a soft-cap is refused.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -196,9 +196,14 @@ def final_bias_taken_out(model: nn.Module) -> Iterator[Tensor | None]:
         buffers["final_logits_bias"] = bias
 
 
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Every module in eval mode, and each back in its own mode afterwards."""
+    return in_mode(model, training=False)
+
+
 @contextmanager
-def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Every module in eval mode (or in training mode), and each back in its own mode afterwards."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module in training or in eval mode, and each back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

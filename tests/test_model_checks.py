@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from datasets import Dataset
 from helpers import assert_within
 from test_seq2seq import batch as encoder_decoder_batch
 from test_seq2seq import build as encoder_decoder
@@ -17,7 +18,7 @@ from test_stock_trainer import losses, stock
 from torch import nn
 from training import logged, trainer
 
-from orpo_plugins import ORPOCollator, errors, fuse_head, orpo_forward
+from orpo_plugins import ORPOCollator, errors, fuse_head, orpo_forward, plugins
 from orpo_plugins.model_checks import check_model, examine
 
 peft = pytest.importorskip("peft")
@@ -266,6 +267,17 @@ def test_inputs_of_the_batchs_maker_say_themselves_what_attends_to_what() -> Non
     assert orpo_forward(paligemma().train(), made).loss.isfinite()
 
 
+def test_a_trainer_takes_them_from_a_collator_of_ones_own(tmp_path: Path) -> None:
+    class WithTokenTypes(ORPOCollator):
+        def __call__(self, rows: Any) -> dict[str, Any]:
+            made = super().__call__(rows)
+            return {**made, "token_type_ids": torch.ones_like(made["input_ids"])}
+
+    made = trainer(tmp_path, model=paligemma(), data_collator=WithTokenTypes(tiny.tokenizer()))
+    made.train()
+    assert len(logged(made, "loss")) == 3
+
+
 def test_looking_leaves_no_trace() -> None:
     model = tiny.model().train()
     model.model.layers[0].eval()
@@ -349,8 +361,6 @@ def test_rows_that_fit_may_have_a_larger_max_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_a_batch_beyond_learned_positions_is_an_error_in_every_layout(layout: str) -> None:
     model = build("OPTForCausalLM", **LEARNED["OPTForCausalLM"])
-    from orpo_plugins import plugins
-
     plugins.layout(layout).prepare(model)
     many = ORPOCollator(tiny.tokenizer(), layout=layout)(LONG[:6])  # one row of more tokens than positions
     assert orpo_forward(model, many).loss.isfinite()
@@ -362,8 +372,6 @@ def test_a_batch_beyond_learned_positions_is_an_error_in_every_layout(layout: st
 
 
 def test_streams_and_stock_trainers_are_checked_batch_by_batch(tmp_path: Path) -> None:
-    from datasets import Dataset
-
     name = "GPT2LMHeadModel"
     stream = Dataset.from_list(LONG).to_iterable_dataset()
     made = trainer(tmp_path, model=build(name, **LEARNED[name]), rows=stream, max_steps=6, layout="padded")

@@ -51,7 +51,7 @@ def own_positions(values: Tensor, model: nn.Module, inputs: Mapping[str, Any]) -
         BatchError: another number of positions than T, or V + T with the V of the active adapter.
     """
     rows, width = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
-    virtual = virtual_tokens(model)[1]
+    virtual = 0 if is_in_the_cache(adapter_of(model)) else virtual_tokens(model)[1]
     positions, rest = divmod(values.shape[:-1].numel(), rows)
     if rest or positions not in (width, width + virtual):
         adapter = f" and {virtual} virtual tokens" if virtual else ""

@@ -219,7 +219,10 @@ def test_following_the_advice_makes_it_causal(tmp_path: Path) -> None:
         build("BertLMHeadModel", is_decoder=True),
     ):
         assert orpo_forward(model.train(), batch(), kernel="reference").loss.isfinite()
-    made = trainer(tmp_path, model=paligemma("eager"))
+    made = trainer(tmp_path, model=paligemma())
+    with pytest.raises(errors.ModelError, match=MESSAGE):
+        made.train()
+    made.model.set_attn_implementation("eager")
     made.train()
     assert len(logged(made, "loss")) == 3
 

@@ -1,4 +1,4 @@
-"""What a run does before its first step: the check of its layout, and what the layout saves in the log.
+"""What a run does before its first step: checks of its model, rows and layout, and what the layout saves in the log.
 
 A model that is whole is checked before the training loader is made, since batches by tokens are cut as the layout
 counts.  A model that FSDP or DeepSpeed cuts can only run once it is wrapped, which is after that, but before the
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -19,10 +20,15 @@ from transformers.trainer_utils import has_length
 from orpo_plugins import plugins
 from orpo_plugins.collator import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
-from orpo_plugins.integrations.pair_loader import epoch_tokens
+from orpo_plugins.forward import check_vocabulary
+from orpo_plugins.head import in_mode, is_encoder_decoder
+from orpo_plugins.integrations.pair_loader import epoch_tokens, sizes
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.layout_check import check_layout
+from orpo_plugins.model_checks import Examined, examine, too_few_positions
 from orpo_plugins.packing import SPANS
+from orpo_plugins.preparation import is_tokenized
+from orpo_plugins.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,74 @@ class BeforeTraining(TrainerCallback):
         self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
         self.trainer.tell_tokens()
         log_example(self.trainer)
+
+
+# ---- model and rows
+
+
+def without_checkpointing(model: nn.Module, args: Any) -> None:
+    """Turns gradient checkpointing off, and says so, for an adapter whose virtual tokens are in the cache."""
+    if not is_in_the_cache(adapter_of(model)) or not (args.gradient_checkpointing or checkpointed(model)):
+        return
+    logger.warning(
+        "gradient checkpointing is off: it would take away the cache, in which the adapter has its virtual tokens"
+    )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the new name since transformers 5.24
+        if hasattr(args, name):
+            setattr(args, name, False)
+    stop_checkpointing(model)
+
+
+def check_rows(trainer: Any, model: nn.Module) -> None:
+    """Examines the model, and compares the longest tokenized row with the positions that it has; once per dataset.
+
+    Rows that are tokenized on the way, and batches of a collator of one's own, which may hold more than tokens, are
+    looked at one by one (see `check_model`).
+
+    Raises:
+        BatchError: a token is outside the model's vocabulary.
+        ConfigError: a row is longer; names it, the limit and the option that cuts it.
+        ModelError: the model is not causal.
+    """
+    train = trainer.train_dataset
+    if type(trainer.data_collator) is not ORPOCollator or not _has_tokenized_rows(train):
+        return
+    if getattr(trainer, "_rows_checked", None) is train:
+        return
+    ids = torch.tensor([[*train[0]["chosen_input_ids"], *train[0]["rejected_input_ids"]]])
+    check_vocabulary(model, ids)
+    ids = ids.to(next(model.parameters()).device)
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), in_mode(model, training=True):
+        examined = examine(model, {"input_ids": ids})
+    evaluated = trainer.eval_dataset if trainer.args.do_eval else None
+    others = evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated}
+    for name, rows in {"training": train, **others}.items():
+        if _has_tokenized_rows(rows):
+            _check_longest(rows, name, trainer.data_collator, model, examined)
+    trainer._rows_checked = train
+
+
+def _has_tokenized_rows(rows: Any) -> bool:
+    indexed = has_length(rows) and not isinstance(rows, IterableDataset)
+    return indexed and len(rows) > 0 and is_tokenized(rows)
+
+
+def _check_longest(rows: Any, name: str, collator: Any, model: nn.Module, examined: Examined) -> None:
+    if is_encoder_decoder(model):
+        widths = np.array(sizes(rows, collator, "seq2seq")[0])
+        sides = {"encoder_tokens": widths[:, 0], "tokens": widths[:, 1]}
+    else:
+        sides = {"tokens": np.array(sizes(rows, collator, "padded")[0])} if examined.tokens is not None else {}
+    for side, tokens in sides.items():
+        limit, longest = getattr(examined, side), int(tokens.argmax())
+        if limit is not None and tokens[longest] > limit:
+            raise ConfigError(
+                f"row {longest} of the tokenized {name} set has {tokens[longest]} tokens, "
+                f"{too_few_positions(model, side, limit)}"
+            )
+
+
+# ---- the layout
 
 
 def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool) -> None:

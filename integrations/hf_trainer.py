@@ -34,6 +34,7 @@ from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.pairs import PairOptions
 from orpo_plugins.plugins import best_layout, kernel
 from orpo_plugins.preparation import are_several, prepare_dataset
+from orpo_plugins.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +246,8 @@ def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Modu
             use_gradient_checkpointing=args.gradient_checkpointing,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
+    if is_in_the_cache(peft_config) and checkpointed(model):
+        stop_checkpointing(model)  # which PEFT asks for
     wrapped: nn.Module = get_peft_model(model, peft_config)
     return wrapped
 

@@ -24,7 +24,8 @@ from orpo_plugins.integrations.live_options import Option
 from orpo_plugins.integrations.training_methods import ORPOMethods
 from orpo_plugins.interfaces import Objective
 from orpo_plugins.kernels.reference import objective_of_logits
-from orpo_plugins.predictions import IN_DECODER, Predictions
+from orpo_plugins.model_checks import check_gradient
+from orpo_plugins.predictions import IN_DECODER, Predictions, width_of
 from orpo_plugins.preparation import prepare_dataset
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class ORPOLoss:
     The Trainer hands a loss function the step's token count and nothing else, so with several micro-batches or ranks
     per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
     weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always, and is needed
-    for batches in another layout than *padded*, and so for encoder-decoder models.
+    for batches in another layout than *padded*, for encoder-decoder models, and for adapters with virtual tokens.  A
+    loss function does not see the model, so that only `fuse_head` finds one that is not causal.
 
     Args:
         beta: the paper's lambda, >= 0.
@@ -75,6 +77,9 @@ class ORPOLoss:
         if not self._checked:
             _check_model(outputs, labels)
             self._checked = True
+        _check_positions(logits, labels)
+        if num_items_in_batch is not None and torch.is_grad_enabled():  # a Trainer's training step
+            check_gradient(logits)
         own_tokens = predictions.in_nll.sum().clamp(min=1).float()
         tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
         tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)
@@ -107,6 +112,18 @@ def _check_model(outputs: Any, labels: Tensor) -> None:
         raise BatchError(
             "the batch is for an encoder-decoder model and this one has no encoder: use "
             "ORPOCollator(..., layout='padded')"
+        )
+
+
+def _check_positions(logits: Tensor, labels: Tensor) -> None:
+    """Raises `BatchError` where the model returned more or fewer positions than the batch has."""
+    width = width_of(labels)
+    if width is None:
+        raise BatchError("the batch does not say how wide its rows are: make it with ORPOCollator")
+    if logits.shape[1] != width:
+        raise BatchError(
+            f"the model returned {logits.shape[1]} positions for rows of {width} tokens, as adapters with virtual "
+            "tokens make it do (prompt tuning, P-tuning, CPT): call fuse_head(trainer), which knows the adapter"
         )
 
 

@@ -29,14 +29,17 @@ from orpo_plugins.forward import (
 from orpo_plugins.head import keep_four_bit_trainable
 from orpo_plugins.integrations.before_training import (
     BeforeTraining,
+    check_rows,
     checked_layout,
     tokens_of_a_batch,
     tokens_of_an_epoch,
+    without_checkpointing,
 )
 from orpo_plugins.integrations.live_options import LOSS_OPTIONS, Option, changed, differences, values_at
 from orpo_plugins.integrations.metrics import MetricSums, figures_of
 from orpo_plugins.integrations.pair_loader import check_batches, loader, pair_batches
 from orpo_plugins.integrations.search import checked_space, evaluation_loss
+from orpo_plugins.model_checks import check_trainable
 from orpo_plugins.objective import ORPOOutput
 from orpo_plugins.preparation import are_several, as_rows, is_tokenized
 
@@ -138,6 +141,7 @@ class ORPOMethods:
         self.add_callback(BeforeTraining(self))  # type: ignore[attr-defined]
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = self.nll_normalization != "microbatch"
         keep_four_bit_trainable(self.model)  # type: ignore[attr-defined]
+        without_checkpointing(self.model, self.args)
 
     def _keep_batches_whole(self) -> None:
         """Nobody may cut a batch along its first dimension: it has one table for all of its rows.
@@ -287,6 +291,7 @@ class ORPOMethods:
         if self.train_dataset is None:  # type: ignore[attr-defined]
             return super().get_train_dataloader()  # type: ignore[misc]  # which says that one is needed
         self.train_dataset = as_rows(self.train_dataset)  # type: ignore[attr-defined]
+        check_trainable(self.model)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # type: ignore[attr-defined]
             self.check_layout(self.model, batches_are_planned=False)
         batches = pair_batches(self)
@@ -343,7 +348,8 @@ class ORPOMethods:
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def check_layout(self, model: nn.Module, *, batches_are_planned: bool) -> None:
-        """Compares the layout with *padded*, once per run; see `checked_layout`."""
+        """Compares the layout with *padded*, once per run (see `checked_layout`), after a look at model and rows."""
+        check_rows(self, model)
         if not self._layout_is_checked:
             checked_layout(self, model, batches_are_planned=batches_are_planned)
         self._layout_is_checked = True  # last: after an error, another call of train() must not go on unchecked

@@ -19,7 +19,7 @@ from orpo_plugins.example_pair import example_text
 from orpo_plugins.forward import NLL_OVER
 from orpo_plugins.interfaces import Pair
 from orpo_plugins.pairs import BuiltPair, PairOptions
-from orpo_plugins.predictions import with_weights
+from orpo_plugins.predictions import with_weights, with_width
 from orpo_plugins.tokenized_rows import RowTokenizer
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class ORPOCollator:
         weights, margins = [pair.weight for pair in pairs], [pair.margin for pair in pairs]
         if any(weight != 1 for weight in weights) or any(margins):
             batch["labels"] = with_weights(batch["labels"], weights, margins)
-        return self._widened(batch) if self.pad_to_multiple_of else batch
+        batch = self._widened(batch) if self.pad_to_multiple_of else batch
+        return {**batch, "labels": with_width(batch["labels"], batch["input_ids"].shape[1])}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises `ConfigError` for an option that was read when the collator was made, and for an unknown nll_over."""

@@ -26,13 +26,16 @@ from orpo_plugins.head import (
     logits_of,
     output_head,
     replaced_forward,
+    row_numbers,
     text_config_of,
     unwrap_model,
 )
 from orpo_plugins.interfaces import HeadOptions, HeadResult, Layout, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
+from orpo_plugins.model_checks import check_gradient, check_model
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
 from orpo_plugins.predictions import CUT, IGNORE_INDEX, Predictions
+from orpo_plugins.virtual_tokens import own_positions
 
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
@@ -143,10 +146,11 @@ def orpo_forward(
         mixture of experts with `output_router_logits`, `aux_loss`, whose multiple is in the loss.
 
     Raises:
-        BatchError: a batch that does not come from `ORPOCollator`.
+        BatchError: a batch that does not come from `ORPOCollator`, rows longer than the model's table of positions, or
+            a model that returns another number of positions than it was given (virtual tokens of PEFT are left out).
         ConfigError: an unknown kernel, term or normalization.
-        ModelError: a head that cannot be fused, or a model that cannot run in the batch's layout; the message says what
-            to do.
+        ModelError: a head that cannot be fused, a model that cannot run in the batch's layout or is not causal, and in
+            training mode one whose loss reaches no parameter; the message says what to do.
     """
     options = ORPOOptions(
         beta=beta,
@@ -199,7 +203,7 @@ def forward_with_options(
         pair_loss=functools.partial(pair_loss, options=options, predictions=predictions, totals=totals),
     )
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
-    check_vocabulary(model, inputs["input_ids"], predictions)
+    check_vocabulary(model, inputs["input_ids"], predictions.tokens)
     layout = layout_of(inputs)
     inputs = inputs if layout is None else layout.model_inputs(model, inputs)
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
@@ -209,23 +213,27 @@ def forward_with_options(
         )
     if layout is not None:
         check_support(model, layout)
+    # These run the model on a few tokens without the layout's inputs: not in its context.
+    check_model(model, inputs)
     run = run_reference if options.kernel == "reference" else run_fused
     if run is run_fused:
-        head_options(model, inputs["input_ids"])  # its probe is a pass without the layout's inputs: not in its context
+        head_options(model, inputs["input_ids"], row_numbers(inputs))
     with nullcontext() if layout is None else layout.forward_context(model):
         result, outputs, logit_means = run(model, inputs, predictions, objective, options)
+    if model.training and torch.is_grad_enabled():
+        check_gradient(result.loss, model)
     return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)
 
 
-def check_vocabulary(model: nn.Module, input_ids: Tensor, predictions: Predictions) -> None:
+def check_vocabulary(model: nn.Module, *tokens: Tensor) -> None:
     """Raises `BatchError` for a token that the model has no embedding for.
 
     On a CPU, where looking costs nothing; an accelerator asserts in the embedding itself.
     """
     size = getattr(config_of(model), "vocab_size", None)
-    if size is None or input_ids.device.type != "cpu":
+    if size is None or tokens[0].device.type != "cpu":
         return
-    largest = int(torch.cat([input_ids.flatten(), predictions.tokens]).max())
+    largest = int(torch.cat([ids.flatten() for ids in tokens]).max())
     if largest >= size:
         raise BatchError(
             f"token {largest} is outside the model's vocabulary of {size}: the tokenizer has more tokens than the "
@@ -303,7 +311,7 @@ def run_reference(
     """The model's own logits, whatever it does to them."""
     output_head(model)
     outputs = model(**inputs, use_cache=False)
-    logits = logits_of(outputs)
+    logits = own_positions(logits_of(outputs), model, inputs)
     means = None
     if options.logit_means:
         means = _by_side(logits.detach().float().mean(-1), predictions, inputs)
@@ -325,6 +333,7 @@ def run_fused(
         weight, bias = head_parameters(head)
         if final_bias is not None:
             bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
+        hidden = own_positions(hidden, model, inputs)
         result = kernel.compute(hidden.flatten(0, -2), weight, bias, predictions, objective, transform)
         means = None
         if options.logit_means and result.logit_means is not None:

@@ -11,7 +11,7 @@ neither a scale nor a soft-cap is refused.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -27,18 +27,22 @@ _transforms: "weakref.WeakKeyDictionary[nn.Module, HeadOptions]" = weakref.WeakK
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DDP, FSDP1, DeepSpeed and PEFT wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = cast(Any, model).get_base_model()
-            continue
-        for name in _WRAPPER_ATTRIBUTES:
-            inner = model._modules.get(name)
-            # On the type: wrappers pass attributes of what they wrap through.
-            if inner is not None and not hasattr(type(model), "get_output_embeddings"):
-                model = inner
-                break
-        else:
-            return model
+    *_, inner = wrappers(model)
+    return inner
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model itself, what it wraps, and so on down to the transformers model."""
+    yield model
+    if hasattr(model, "get_base_model"):
+        yield from wrappers(cast(Any, model).get_base_model())
+        return
+    for name in _WRAPPER_ATTRIBUTES:
+        inner = model._modules.get(name)
+        # On the type: wrappers pass attributes of what they wrap through.
+        if inner is not None and not hasattr(type(model), "get_output_embeddings"):
+            yield from wrappers(inner)
+            return
 
 
 def config_of(model: nn.Module) -> Any:
@@ -192,11 +196,16 @@ def final_bias_taken_out(model: nn.Module) -> Iterator[Tensor | None]:
         buffers["final_logits_bias"] = bias
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Every module in eval mode, and each back in its own mode afterwards."""
+    return in_mode(model, training=False)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module in training or in eval mode, and each back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
@@ -211,16 +220,23 @@ def logits_of(outputs: Any) -> Tensor:
     return cast(Tensor, outputs[0] if isinstance(outputs, tuple) else outputs.logits)
 
 
-def head_options(model: nn.Module, input_ids: Tensor) -> HeadOptions:
+def row_numbers(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a batch holds one number a row of (`task_ids` of PEFT), for its first row."""
+    rows = inputs["input_ids"].shape[:1]
+    return {key: value[:1] for key, value in inputs.items() if isinstance(value, Tensor) and value.shape == rows}
+
+
+def head_options(model: nn.Module, input_ids: Tensor, others: Mapping[str, Tensor] | None = None) -> HeadOptions:
     """Scale and soft-cap that the model applies to its logits, found out by a probe (once per model).
 
-    One forward pass of two tokens without gradient, in which the head returns known numbers in place of logits.
+    One forward pass of two tokens without gradient, in which the head returns known numbers in place of logits;
+    `others` are more arguments for one row.
 
     Raises `ModelError` where what comes back is not `c * tanh(scale * x / c)` or `scale * x` of the probe.
     """
     inner = unwrap_model(model)
     if inner not in _transforms:
-        _transforms[inner] = _probe(model, input_ids)
+        _transforms[inner] = _probe(model, input_ids, others or {})
     return _transforms[inner]
 
 
@@ -229,7 +245,7 @@ def head_options(model: nn.Module, input_ids: Tensor) -> HeadOptions:
 _PROBE = (2.0**-10, 0.0, -1.0, 3.0, 64.0, -300.0, 2.0**40, -(2.0**40))
 
 
-def _probe(model: nn.Module, input_ids: Tensor) -> HeadOptions:
+def _probe(model: nn.Module, input_ids: Tensor, others: Mapping[str, Tensor]) -> HeadOptions:
     head = output_head(model)
     sent: list[Tensor] = []
 
@@ -241,7 +257,7 @@ def _probe(model: nn.Module, input_ids: Tensor) -> HeadOptions:
 
     keep_four_bit_trainable(model)
     tokens = input_ids.reshape(-1)[:2].reshape(1, -1)
-    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})}
+    inputs = {**others, "input_ids": tokens, **({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})}
     eager = torch.compiler.set_stance("force_eager")  # one pass is not worth compiling for
     with torch.no_grad(), eager, evaluating(model), replaced_forward(head, forward), final_bias_taken_out(model):
         received = logits_of(model(**inputs, use_cache=False))

@@ -18,6 +18,7 @@ from orpo_plugins import plugins
 from orpo_plugins.forward import check_vocabulary, orpo_forward, predictions_of
 from orpo_plugins.head import evaluating, head_options, output_head, text_config_of, unwrap_model
 from orpo_plugins.interfaces import Layout, Pair, TokenSequence
+from orpo_plugins.model_checks import examine
 from orpo_plugins.packing import common_prefix
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -125,10 +126,11 @@ def check_layout(
     beginnings = _beginnings(pairs)
     if not all(torch.equal(one["input_ids"], whole["input_ids"]) for one, whole in zip(batches, wholes, strict=True)):
         wholes, beginnings = batches, []  # a plugin's layout that goes by the labels: what predicts something, then
-    check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]))
+    check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]).tokens)
     with torch.no_grad(), evaluating(model):
+        examine(model, batches[0])  # what runs the model on a few tokens must not pass by the hooks below
         if kernel != "reference":
-            head_options(model, batches[0]["input_ids"])  # its probe must not pass by the hooks below
+            head_options(model, batches[0]["input_ids"])
         expected, found = (
             _run(model, one, batch, predictions_of(whole).rows, kernel)
             for one, batch, whole in zip(layouts, batches, wholes, strict=True)

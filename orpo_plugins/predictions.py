@@ -6,7 +6,8 @@ this table.  It is the one interface between layouts and kernels.
 In a batch the table travels as a single `labels` tensor of shape [N, 4], int64, one line per
 prediction: (row of the flattened hidden states, token, sequence, terms).  `terms` is a bit set:
 `IN_ANSWER` counts in the sequence's mean log-probability, `IN_NLL` counts in the NLL, and `IN_DECODER`
-says that the row stands in a decoder that has an encoder beside it.  Sequences 0..B-1 are the chosen
+says that the row stands in a decoder that has an encoder beside it; the bits from `WIDTH` on are the width of the
+batch's `input_ids`, for a loss function that sees no more of a batch than this table.  Sequences 0..B-1 are the chosen
 answers and B..2B-1 the rejected ones.  A pair without a rejected answer has no line for it.
 
 Where pairs have weights or margins of their own the table is [N, 5]: behind every line stand those of its pair, two
@@ -24,6 +25,7 @@ from orpo_plugins.errors import BatchError
 IN_ANSWER = 1
 IN_NLL = 2
 IN_DECODER = 4
+WIDTH = 8
 IGNORE_INDEX = -100
 CUT = (
     "the batch has lost predictions: something cuts its tensors along their first dimension, as Accelerate does with "
@@ -36,6 +38,18 @@ CUT = (
 def prompt_length(labels: Sequence[int]) -> int:
     """How many tokens stand before the first that has a label."""
     return next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+
+
+def with_width(table: Tensor, width: int) -> Tensor:
+    """The table that also says how many columns the batch's `input_ids` have."""
+    table = table.clone()
+    table[:, 3] += WIDTH * width
+    return table
+
+
+def width_of(table: Tensor) -> int | None:
+    """What `with_width` has written; None where nobody called it.  Waits for the device."""
+    return int(table[0, 3]) // WIDTH or None if len(table) else None
 
 
 def with_weights(table: Tensor, weights: Sequence[float], margins: Sequence[float]) -> Tensor:

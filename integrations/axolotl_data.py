@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
-from orpo_plugins.chat_id_pairs import gives_chats_as_ids
-from orpo_plugins.dataset_cache import tokenizer_identity
+from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
+from orpo_plugins.data.cache import tokenizer_identity
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.integrations.axolotl_arguments import is_ours
 from orpo_plugins.integrations.axolotl_wording import yaml_words
-from orpo_plugins.predictions import prompt_length
+from orpo_plugins.targets import prompt_length
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -195,7 +195,7 @@ def _digest(path: Path) -> str | None:
 
 def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, str], index: int) -> Any:
     """One entry of `datasets`, tokenized; what was cut or dropped is logged."""
-    from orpo_plugins.preparation import prepare_dataset
+    from orpo_plugins.data.dataset import prepare_dataset
 
     name = f"{dataset.path}" + (f" ({dataset.name})" if dataset.name else "")
     _check_format(dataset, tokenizer)
@@ -290,7 +290,7 @@ def _keys_in_place_of_type(rows: Any, dataset: Any, cfg: Any, tokenizer: Any) ->
     """The keys of a dataset that do what its type, which other methods of Axolotl have, does there."""
     from axolotl.utils.schemas.enums import ChatTemplate
 
-    from orpo_plugins.row_formats import likely_renames
+    from orpo_plugins.data.row_formats import likely_renames
 
     yield "type", CHAT_TYPES[0]
     template = dataset.type.partition(".")[0]
@@ -330,7 +330,7 @@ def length_strategy(cfg: Any) -> str:
 
 def pair_options(cfg: Any, dataset: Any, *, truncate: bool) -> Any:
     """How the rows of a dataset become pairs; `sequence_len` counts only where longer rows are to be cut."""
-    from orpo_plugins.pairs import PairOptions
+    from orpo_plugins.data.pairs import PairOptions
 
     return PairOptions(
         max_length=cfg.sequence_len if truncate else None,

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orpo_plugins.errors import BatchError
-from orpo_plugins.hookspecs import hookimpl
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, KernelFunction, Objective
+from orpo_plugins.hooks.specs import hookimpl
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, KernelFunction, Objective
 from orpo_plugins.kernels.hidden_gradient import HiddenGradient
 from orpo_plugins.kernels.operands import Operands
 from orpo_plugins.kernels.reference import combine
@@ -37,7 +37,7 @@ from orpo_plugins.kernels.scan import scan
 from orpo_plugins.kernels.tile_steps import EagerSteps, TileSteps, Transform
 from orpo_plugins.kernels.tiling import Tiling
 from orpo_plugins.kernels.weight_gradient import WeightGradient
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.targets import Predictions
 
 
 def tiled_head(

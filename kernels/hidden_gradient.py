@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orpo_plugins.interfaces import HeadOptions
+from orpo_plugins.hooks.types import HeadOptions
 from orpo_plugins.kernels.tiling import blank, cut
 
 

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo_plugins import plugins
+from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import BatchError
-from orpo_plugins.interfaces import HeadOptions, Objective
+from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.kernels.linear import check_labels
 from orpo_plugins.objective import log_odds, odds_ratio_loss
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.targets import Predictions
 
 
 class FusedLinearORPOLoss(nn.Module):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from orpo_plugins import plugins
+from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.interfaces import HeadOptions, Objective
+from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
-from orpo_plugins.predictions import IGNORE_INDEX, Predictions
+from orpo_plugins.targets import IGNORE_INDEX, Predictions
 
 
 def linear_orpo_loss(

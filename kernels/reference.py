@@ -7,10 +7,10 @@ What every other kernel is compared with, and the way out for a model whose logi
 import torch
 from torch import Tensor
 
-from orpo_plugins.hookspecs import hookimpl
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.hooks.specs import hookimpl
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.objective import PairLogps, at_least_fp32
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.targets import Predictions
 
 
 @hookimpl

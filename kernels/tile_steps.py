@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from orpo_plugins.interfaces import HeadOptions
+from orpo_plugins.hooks.types import HeadOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orpo_plugins.interfaces import HeadOptions
+from orpo_plugins.hooks.types import HeadOptions
 from orpo_plugins.kernels.products import SUMMED, working_dtype
 
 

@@ -5,11 +5,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from orpo_plugins.hookspecs import hookimpl
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.hooks.specs import hookimpl
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.kernels.chunked import tiled_head
 from orpo_plugins.kernels.tile_steps import EagerSteps
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.targets import Predictions
 
 
 @hookimpl

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo_plugins import plugins
+from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
-from orpo_plugins.head import (
+from orpo_plugins.models.head import (
     attention_implementation,
     config_of,
     final_bias_taken_out,
@@ -30,12 +30,12 @@ from orpo_plugins.head import (
     text_config_of,
     unwrap_model,
 )
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Layout, Objective
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Layout, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
-from orpo_plugins.model_checks import check_gradient, check_model
+from orpo_plugins.models.checks import check_gradient, check_model
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
-from orpo_plugins.predictions import CUT, IGNORE_INDEX, Predictions
-from orpo_plugins.virtual_tokens import own_positions
+from orpo_plugins.targets import CUT, IGNORE_INDEX, Predictions
+from orpo_plugins.models.virtual_tokens import own_positions
 
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from test_seq2seq import build as encoder_decoder
 from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.dataset import prepare_dataset
 
 needs_axolotl()
 
@@ -233,7 +233,7 @@ def test_real_rows_full_fine_tuning_with_every_key_set(tmp_path: Path, files: tu
 def test_an_encoder_decoder_model_has_its_prompts_tokenized_by_themselves(tmp_path: Path) -> None:
     from datasets import load_from_disk
 
-    from orpo_plugins.pairs import PairOptions
+    from orpo_plugins.data.pairs import PairOptions
 
     encoder_decoder("t5").save_pretrained(tmp_path / "model")
     encoder_decoder_tokenizer().save_pretrained(tmp_path / "model")

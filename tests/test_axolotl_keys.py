@@ -15,14 +15,14 @@ from axolotl_runs import axolotl, dataset, folder_with_model, logged, needs_axol
 from helpers import assert_within
 
 from orpo_plugins import ORPOCollator, errors, get_plugin_manager, orpo_forward
-from orpo_plugins.pairs import PairOptions
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.data.dataset import prepare_dataset
 
 needs_axolotl()
 
 PLUGIN = """
 from orpo_plugins import hookimpl
-from orpo_plugins.interfaces import Kernel
+from orpo_plugins.hooks.types import Kernel
 from orpo_plugins.kernels.reference import reference_head
 from orpo_plugins.objective import LossTerm
 

@@ -13,7 +13,7 @@ import yaml
 from axolotl_runs import ROOT, axolotl, dataset, folder_with_model, needs_axolotl, write_config, write_rows
 
 from orpo_plugins.errors import ConfigError, ORPOError, RowError
-from orpo_plugins.pairs import PairBuilder
+from orpo_plugins.data.pairs import PairBuilder
 
 needs_axolotl()
 pytestmark = pytest.mark.filterwarnings("default:You are importing from 'trl.experimental'")
@@ -148,7 +148,7 @@ def test_no_eos_token_is_a_key() -> None:
 
 
 def test_outside_of_axolotl_errors_are_those_for_python(tmp_path: Path) -> None:
-    from orpo_plugins.row_formats import parse_row
+    from orpo_plugins.data.row_formats import parse_row
 
     with pytest.raises(RowError, match=r"Set field_prompt: question"):
         load(tmp_path, [renamed(ROWS[0])])
@@ -214,7 +214,7 @@ def test_every_key_that_messages_name_is_one_of_axolotls() -> None:
 def test_the_log_is_in_these_words_only_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
     from orpo_plugins.integrations.axolotl_wording import yaml_words
 
-    logger = logging.getLogger("orpo_plugins.integrations.before_training")
+    logger = logging.getLogger("orpo_plugins.integrations.hf_run_start")
     with yaml_words(), yaml_words():
         logger.warning("%s. layout='auto' goes on with 'padded'", "a user's layout='x'")
     logger.warning("layout='auto'")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, errors, fuse_head, orpo_forward
 from orpo_plugins.forward import ORPOOptions
-from orpo_plugins.integrations.live_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS
+from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS
 
 STILL: dict[str, Any] = {"learning_rate": 0.0, "train_sampling_strategy": "sequential"}
 """Steps that change no weight, over the same rows each time."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from orpo_plugins import ORPOCollator
 from orpo_plugins.errors import BatchError, ConfigError, RowError
-from orpo_plugins.pairs import PairOptions
-from orpo_plugins.predictions import Predictions
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.targets import Predictions
+from orpo_plugins.data.dataset import prepare_dataset
 
 TOKENIZER = chatml_tokenizer()
 USER = {"role": "user", "content": "the dog"}
@@ -102,7 +102,7 @@ def test_lengths_are_honoured() -> None:
 
 def test_a_row_that_cannot_be_used_is_left_out_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     collator = ORPOCollator(TOKENIZER, show_example=False)
-    with caplog.at_level(logging.WARNING, logger="orpo_plugins.collator"):
+    with caplog.at_level(logging.WARNING, logger="orpo_plugins.data.collator"):
         for _ in range(2):
             assert_equal(collator([EQUAL, *RAW, EQUAL]), collator(RAW))
     assert collator.left_out == {"chosen equals rejected": 4}

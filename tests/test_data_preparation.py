@@ -14,12 +14,13 @@ import pytest
 from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
 from torch.utils.data import Dataset as TorchDataset
 
-from orpo_plugins import dataset_cache, preparation
+from orpo_plugins.data import cache as dataset_cache
+from orpo_plugins.data import dataset as preparation
 from orpo_plugins.errors import ConfigError, RowError
-from orpo_plugins.pairs import PairBuilder, PairOptions
-from orpo_plugins.preparation import prepare_dataset
-from orpo_plugins.preparation_report import PreparationReport
-from orpo_plugins.tokenized_rows import COLUMNS, RowTokenizer, tokenized_row
+from orpo_plugins.data.pairs import PairBuilder, PairOptions
+from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.report import PreparationReport
+from orpo_plugins.data.tokenized_rows import COLUMNS, RowTokenizer, tokenized_row
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = chatml_tokenizer()
@@ -145,7 +146,7 @@ def test_the_name_of_the_result_is_the_same_in_another_process() -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import datasets, test_data_preparation as t\n"
-        "from orpo_plugins.dataset_cache import fingerprint\nfrom orpo_plugins.tokenized_rows import RowTokenizer\n"
+        "from orpo_plugins.data.cache import fingerprint\nfrom orpo_plugins.data.tokenized_rows import RowTokenizer\n"
         "builder = RowTokenizer(t.TOKENIZER, t.OPTIONS).builder\n"
         "print(fingerprint(datasets.Dataset.from_dict({'a': [1]}), builder, print))"
     )
@@ -292,7 +293,7 @@ PROMPT = "Human: please cancel my order Assistant:"
 def test_what_was_changed_is_told_by_one_warning(
     row: dict[str, Any], text: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="orpo_plugins.preparation"):
+    with caplog.at_level(logging.WARNING, logger="orpo_plugins.data.dataset"):
         _, report = prepare_dataset([ROWS[0], row], TOKENIZER)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ([] if text is None else [report.summary()])
@@ -368,7 +369,7 @@ def test_an_error_of_the_template_is_named_by_the_row() -> None:
 
 def test_the_modules_of_the_data_import_no_framework() -> None:
     code = (
-        "import sys, orpo_plugins.collator, orpo_plugins.chat_format, orpo_plugins.preparation\n"
+        "import sys, orpo_plugins.data.collator, orpo_plugins.data.chat_format, orpo_plugins.data.dataset\n"
         "print([m for m in ('transformers', 'datasets', 'trl', 'peft', 'jinja2') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_plugins.row_formats import parse_row
+from orpo_plugins.data.row_formats import parse_row
 
 Message = dict[str, Any]
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}

@@ -10,7 +10,7 @@ from test_stock_trainer import losses, stock
 from training import logged, trainer
 
 from orpo_plugins import errors, fuse_head
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.dataset import prepare_dataset
 
 ROWS = tiny.rows(8)
 CHATS = tiny.conversations(8)

@@ -12,10 +12,10 @@ from training import trainer
 from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, fuse_head
-from orpo_plugins.example_pair import example_text
-from orpo_plugins.interfaces import Pair
-from orpo_plugins.pairs import PairOptions
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.example import example_text
+from orpo_plugins.hooks.types import Pair
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.data.dataset import prepare_dataset
 
 BEGINNING = "one pair as it is trained; [[...]] counts"
 ROW = {"prompt": "the dog", "chosen": " sleeps", "rejected": " jumps"}

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, make_case, run_case
 
-from orpo_plugins.interfaces import HeadOptions, Objective
+from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.kernels import chunked
 from orpo_plugins.kernels.products import in_blocks, times_transposed
 from orpo_plugins.kernels.reference import reference_head
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.targets import Predictions
 
 FP32 = 2e-6
 """Some tens of fp32's rounding unit: what a sum over a few hundred products may lose."""

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_all_within, assert_within, relative_difference
 from kernel_cases import make_case, run_case
 
-from orpo_plugins import plugins
+from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.kernels.triton_head import unsupported
 
@@ -34,7 +34,7 @@ NAMES = [
 
 def differences(case, transform, kept):
     """Largest relative differences from the reference in float64: {name: value}."""
-    from orpo_plugins.interfaces import Kernel
+    from orpo_plugins.hooks.types import Kernel
     from orpo_plugins.kernels import chunked, triton_head
 
     class OnAnyDevice:

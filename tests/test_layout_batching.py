@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layout_collate import pair
 
-from orpo_plugins.batching import PairBatches, pair_tokens
+from orpo_plugins.layouts.batches import PairBatches, pair_tokens
 from orpo_plugins.errors import ConfigError
 
 LENGTHS = random.Random(0).choices(range(10, 201), k=101)

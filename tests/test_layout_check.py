@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_layout_attention import model, random_pairs
 
-from orpo_plugins import forward, plugins
-from orpo_plugins.layout_check import LayoutReport, check_layout
-from orpo_plugins.packing import SPANS, Spans
+from orpo_plugins import forward
+from orpo_plugins.hooks import plugins
+from orpo_plugins.layouts.check import LayoutReport, check_layout
+from orpo_plugins.layouts.one_row import SPANS, Spans
 
 
 def without_context(layout):

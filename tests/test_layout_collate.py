@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_plugins.interfaces import Pair, TokenSequence
-from orpo_plugins.layouts import collate_padded
-from orpo_plugins.packing import SPANS, collate_packed, collate_shared, common_prefix
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.hooks.types import Pair, TokenSequence
+from orpo_plugins.layouts.padded import collate_padded
+from orpo_plugins.layouts.one_row import SPANS, collate_packed, collate_shared, common_prefix
+from orpo_plugins.targets import Predictions
 
 
 def sequence(prompt: list[int], answer: list[int]) -> TokenSequence:

@@ -14,9 +14,11 @@ import torch
 from test_layout_attention import assert_equal_to_padded, model, random_pairs, step
 from training import trainer
 
-from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, get_plugin_manager, hookimpl, plugins
+from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, get_plugin_manager, hookimpl
+from orpo_plugins.hooks import plugins
 from orpo_plugins.forward import orpo_forward
-from orpo_plugins.integrations import attention, layout_support
+from orpo_plugins.layouts import attention
+from orpo_plugins.layouts import support as layout_support
 
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
 CONV_REASON = "its conv layers are something else than softmax attention over their sequence"

@@ -18,8 +18,9 @@ from test_stock_trainer import losses, stock
 from torch import nn
 from training import logged, trainer
 
-from orpo_plugins import ORPOCollator, errors, fuse_head, orpo_forward, plugins
-from orpo_plugins.model_checks import check_model, examine
+from orpo_plugins import ORPOCollator, errors, fuse_head, orpo_forward
+from orpo_plugins.hooks import plugins
+from orpo_plugins.models.checks import check_model, examine
 
 peft = pytest.importorskip("peft")
 

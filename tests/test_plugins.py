@@ -10,16 +10,19 @@ import pluggy
 import pytest
 import torch
 
-from orpo_plugins import errors, get_plugin_manager, hookimpl, hookspecs, plugins
-from orpo_plugins.interfaces import Kernel
+from orpo_plugins import errors, get_plugin_manager, hookimpl
+from orpo_plugins.hooks import specs as hookspecs
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.types import Kernel
 
 ROOT = Path(__file__).parents[1]
 
 PROBE = """
 import json, torch
-from orpo_plugins import linear_orpo_loss, plugins
+from orpo_plugins import linear_orpo_loss
+from orpo_plugins.hooks import plugins
 from orpo_plugins.forward import ORPOOptions
-from orpo_plugins.row_formats import parse_row
+from orpo_plugins.data.row_formats import parse_row
 row = parse_row({"question": "Why", "good": "Because.", "bad": "No."}, 0)
 torch.manual_seed(0)
 hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4)

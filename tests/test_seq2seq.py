@@ -13,10 +13,11 @@ from tiny import tokenizer as decoder_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, orpo_forward, plugins
+from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, orpo_forward
+from orpo_plugins.hooks import plugins
 from orpo_plugins.forward import predictions_of
-from orpo_plugins.pairs import PairOptions
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.data.dataset import prepare_dataset
 
 EOS = 2
 

@@ -17,7 +17,7 @@ from training import trainer as orpo_trainer
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, errors, fuse_head, orpo_forward
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.data.dataset import prepare_dataset
 
 LAYOUTS = ("padded", "packed", "shared")
 

@@ -17,11 +17,11 @@ from training import config, logged, trainer
 from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, fuse_head
-from orpo_plugins.batching import PairBatches, pair_tokens
+from orpo_plugins.layouts.batches import PairBatches, pair_tokens
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.integrations.pair_loader import loader, sizes
-from orpo_plugins.pairs import PairOptions
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.integrations.hf_loader import loader, sizes
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.data.dataset import prepare_dataset
 
 ROWS = tiny.skewed_rows(48)
 LIMIT = 1200
@@ -233,7 +233,7 @@ def test_a_selection_of_rows_is_counted_by_its_own_rows(tmp_path: Path) -> None:
 def test_after_a_fall_back_to_padded_batches_are_counted_as_padded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orpo_plugins.integrations import before_training
+    from orpo_plugins.integrations import hf_run_start as before_training
 
     check = before_training.check_layout
     monkeypatch.setattr(

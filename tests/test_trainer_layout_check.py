@@ -13,9 +13,10 @@ from test_layout_check import without_context
 from test_stock_trainer import losses, stock
 from training import logged, trainer
 
-from orpo_plugins import ORPOTrainer, errors, fuse_head, plugins
-from orpo_plugins.integrations import before_training
-from orpo_plugins.integrations.pair_loader import sizes
+from orpo_plugins import ORPOTrainer, errors, fuse_head
+from orpo_plugins.hooks import plugins
+from orpo_plugins.integrations import hf_run_start as before_training
+from orpo_plugins.integrations.hf_loader import sizes
 
 ROWS = tiny.rows(12)
 UNUSABLE = [{"prompt": "desk", "chosen": " call", "rejected": " call"}]
@@ -186,7 +187,7 @@ def test_an_epochs_tokens_are_told_once(layout: str, tmp_path: Path, caplog: pyt
 def test_of_many_rows_the_tokens_are_estimated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orpo_plugins.integrations import pair_loader
+    from orpo_plugins.integrations import hf_loader as pair_loader
 
     made = trainer(tmp_path, rows=Dataset.from_list(ROWS * 4), layout="shared", max_steps=1)
     exact = sum(sizes(made.train_dataset, made.data_collator)[0])

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 import orpo_plugins
 from orpo_plugins import ORPOTrainer, errors, hookimpl
-from orpo_plugins.interfaces import Metric
-from orpo_plugins.plugins import get_plugin_manager
+from orpo_plugins.hooks.types import Metric
+from orpo_plugins.hooks.plugins import get_plugin_manager
 
 KEYS_OF_TRL = [
     "rewards/chosen",
@@ -275,7 +275,7 @@ def test_answers_generated_in_evaluation_are_written_to_a_file(tmp_path: Path) -
 
 
 def test_generation_from_padded_prompts_is_that_of_each_prompt_alone(tmp_path: Path) -> None:
-    from orpo_plugins.integrations.generation import generate
+    from orpo_plugins.integrations.hf_generation import generate
 
     model = tiny.model()
     model.generation_config.max_new_tokens = 6
@@ -289,7 +289,7 @@ def test_generation_from_padded_prompts_is_that_of_each_prompt_alone(tmp_path: P
 
 
 def test_generated_answers_go_to_an_active_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orpo_plugins.integrations import generation
+    from orpo_plugins.integrations import hf_generation as generation
 
     tables: list[Any] = []
     monkeypatch.setitem(generation._TRACKERS, "wandb", lambda rows: tables.append(rows) or True)

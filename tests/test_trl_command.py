@@ -13,13 +13,13 @@ from launching import environment
 from orpo_plugins import errors
 
 pytest.importorskip("trl")
-from orpo_plugins.integrations import command_line
+from orpo_plugins.integrations import cli as command_line
 from orpo_plugins.integrations.trl_script import datasets_of, main, make_parser, translate_flags
 
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from orpo_plugins.integrations.command_line import main; sys.exit(main())",
+    "import sys; from orpo_plugins.integrations.cli import main; sys.exit(main())",
 ]
 QUIET = ["--use_cpu", "True", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True"]
 
@@ -101,7 +101,7 @@ def test_a_failing_run_ends_with_one_line_and_a_status(base: Path, tmp_path: Pat
 
 def test_the_commands_own_help_imports_no_framework() -> None:
     program = (
-        "import sys; from orpo_plugins.integrations.command_line import main\n"
+        "import sys; from orpo_plugins.integrations.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print([name for name in ('torch', 'transformers', 'trl') if name in sys.modules])"
     )

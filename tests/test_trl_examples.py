@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-COMMAND = "from orpo_plugins.integrations.command_line import main; import sys; sys.exit(main())"
+COMMAND = "from orpo_plugins.integrations.cli import main; import sys; sys.exit(main())"
 
 
 def run(arguments: list[str], folder: Path) -> str:

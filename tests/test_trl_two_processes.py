@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 from accelerate.commands.launch import launch_command_parser
 
-from orpo_plugins.integrations.command_line import starts_too_few
+from orpo_plugins.integrations.cli import starts_too_few
 from orpo_plugins.integrations.trl_script import main
 
-COMMAND = "import sys; from orpo_plugins.integrations.command_line import main; sys.exit(main())"
+COMMAND = "import sys; from orpo_plugins.integrations.cli import main; sys.exit(main())"
 PAIRS, STEPS = 4, 4
 
 

@@ -18,7 +18,7 @@ from launching import ROOT, environment
 from training import trainer
 
 from orpo_plugins import ORPOTrainer
-from orpo_plugins.integrations.generation import generate
+from orpo_plugins.integrations.hf_generation import generate
 
 NEW_TOKENS = 5
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from helpers import assert_all_within
 
-from orpo_plugins.head import keep_four_bit_trainable
+from orpo_plugins.models.head import keep_four_bit_trainable
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")

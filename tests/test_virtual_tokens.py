@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from training import logged, trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, orpo_forward, orpo_loss, plugins
-from orpo_plugins.virtual_tokens import virtual_tokens
+from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, orpo_forward, orpo_loss
+from orpo_plugins.hooks import plugins
+from orpo_plugins.models.virtual_tokens import virtual_tokens
 
 peft = pytest.importorskip("peft")
 # PEFT 0.21 passes what transformers 5.24 calls otherwise.

@@ -11,9 +11,9 @@ from datasets import Dataset
 from helpers import assert_all_within, assert_within
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOLoss, ORPOTrainer, errors, orpo_forward
-from orpo_plugins.integrations.attention import prepare
-from orpo_plugins.predictions import Predictions, with_weights
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.layouts.attention import prepare
+from orpo_plugins.targets import Predictions, with_weights
+from orpo_plugins.data.dataset import prepare_dataset
 
 ROWS = tiny.rows(3)
 TWICE = [ROWS[0], ROWS[1], ROWS[1], ROWS[2]]

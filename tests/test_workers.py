@@ -17,11 +17,11 @@ from training import logged, trainer
 from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, hookimpl
-from orpo_plugins.interfaces import Layout, RowFormat
-from orpo_plugins.layouts import collate_padded
-from orpo_plugins.packing import SPANS, Spans
-from orpo_plugins.plugins import get_plugin_manager
-from orpo_plugins.preparation import prepare_dataset
+from orpo_plugins.hooks.types import Layout, RowFormat
+from orpo_plugins.layouts.padded import collate_padded
+from orpo_plugins.layouts.one_row import SPANS, Spans
+from orpo_plugins.hooks.plugins import get_plugin_manager
+from orpo_plugins.data.dataset import prepare_dataset
 
 DECODERS = ("padded", "packed", "shared")
 SPAWNED: dict[str, Any] = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "spawn"}
@@ -176,7 +176,7 @@ def test_a_plugin_registered_at_the_top_of_a_script_is_there_in_spawned_workers(
     script.write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch, test_workers\n"
-        "from orpo_plugins.plugins import get_plugin_manager\n"
+        "from orpo_plugins.hooks.plugins import get_plugin_manager\n"
         "get_plugin_manager().register(test_workers.Plugin())\n"
         "if __name__ == '__main__':\n"
         "    loader = torch.utils.data.DataLoader(test_workers.ROWS, batch_size=4, num_workers=1,\n"

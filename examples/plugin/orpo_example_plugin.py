@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_plugins import hookimpl
-from orpo_plugins.interfaces import HeadOptions, HeadResult, Kernel, Metric, Objective, Preference, RowFormat
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Metric, Objective, Preference, RowFormat
 from orpo_plugins.kernels.reference import reference_head
 from orpo_plugins.objective import LossTerm, ORPOOutput, PairLogps
-from orpo_plugins.predictions import Predictions
+from orpo_plugins.targets import Predictions
 
 
 @hookimpl

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from test_layout_check import without_context
 
-from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, plugins
-from orpo_plugins.layout_check import check_layout
+from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors
+from orpo_plugins.hooks import plugins
+from orpo_plugins.layouts.check import check_layout
 
 
 def train(options: dict[str, Any], folder: str) -> tuple[dict[str, Any], ORPOTrainer]:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from orpo_plugins import ORPOCollator, orpo_forward, plugins
+from orpo_plugins import ORPOCollator, orpo_forward
+from orpo_plugins.hooks import plugins
 
 PAIRS_PER_STEP = 8
 

@@ -1,0 +1,307 @@
+"""`PairBatches` in a transformers `Trainer`: what each row costs, and the loader that hands the batches out.
+
+Accelerate deals batches to ranks by their number and fills the last ones up to one size, which batches of several sizes
+have not.  So each rank makes its own share, and Accelerate prepares the loader as that of a single process.
+"""
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from accelerate.data_loader import prepare_data_loader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import has_length, seed_worker
+
+from orpo_plugins.layouts.batches import PairBatches, check_batch_options
+from orpo_plugins.data.collator import ORPOCollator
+from orpo_plugins.errors import ConfigError
+from orpo_plugins.data.dataset import is_tokenized
+from orpo_plugins.data.tokenized_rows import COLUMNS
+
+logger = logging.getLogger(__name__)
+
+_COUNTED_ROWS = 10_000
+"""Of more rows, the tokens of an epoch are estimated."""
+_ROWS_AT_ONCE = 1000
+"""Tokens of so many rows are in memory together."""
+
+Widths = list[int] | list[tuple[int, ...]]
+
+
+def check_batches(args: Any, dataset: Any) -> None:
+    """Raises `ConfigError` where the arguments ask for batches by tokens or by length that cannot be made."""
+    limit = getattr(args, "max_tokens_per_batch", None)
+    check_batch_options(limit, getattr(args, "step_strategy", "pairs"))
+    if dataset is not None and not has_length(dataset):
+        _check_stream(args, limit)
+    if limit is None:
+        return
+    if args.auto_find_batch_size:
+        raise ConfigError(
+            f"auto_find_batch_size looks for the pairs that fit, and max_tokens_per_batch={limit} says the tokens that "
+            "do: leave one of them out"
+        )
+    if args.accelerator_config.split_batches:
+        raise ConfigError(
+            "split_batches=True cuts each batch apart between ranks, with max_tokens_per_batch each rank has its own: "
+            "leave one of them out"
+        )
+
+
+def _check_stream(args: Any, limit: int | None) -> None:
+    """Raises `ConfigError` for what needs the length of every row; transformers takes a stream's rows as they come."""
+    for name, value, asked in (
+        ("max_tokens_per_batch", limit, limit is not None),
+        ("train_sampling_strategy", "group_by_length", args.train_sampling_strategy == "group_by_length"),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{name}={value!r} needs the length of every row before training, and the training set is a stream: "
+                f"load it whole (without streaming=True), or leave {name} out"
+            )
+
+
+def pair_batches(trainer: Any) -> PairBatches | None:
+    """The batches that the arguments ask for; None where the Trainer's own sampler makes them.
+
+    That is without `max_tokens_per_batch` and length-grouping, and for rows whose length is not known.
+
+    Raises:
+        ConfigError: a row, or the pairs of a step, do not fit into `max_tokens_per_batch`; a stream.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    limit = getattr(args, "max_tokens_per_batch", None)
+    grouped = args.train_sampling_strategy == "group_by_length"
+    if not has_length(dataset):
+        _check_stream(args, limit)
+        return None
+    if limit is None and not (grouped and not args.accelerator_config.split_batches):
+        return None
+    if not is_tokenized(dataset):
+        if limit is not None:
+            raise ConfigError(
+                f"max_tokens_per_batch={limit} needs the length of every row, and the training set is not what the "
+                "trainer made of it any more: pass the rows as train_dataset"
+            )
+        return None
+    lengths, padded = sizes(dataset, trainer.data_collator)
+    ranks = trainer.get_total_train_batch_size(args) // (
+        trainer._train_batch_size * args.gradient_accumulation_steps
+    )  # those that see different data, unlike those of tensor parallelism
+    batches = PairBatches(
+        lengths,
+        pairs_per_batch=trainer._train_batch_size,
+        max_tokens_per_batch=limit,
+        step_strategy=getattr(args, "step_strategy", "pairs"),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        group_by_length=grouped,
+        padded=padded,
+        shuffle=args.train_sampling_strategy != "sequential",
+        drop_last=args.dataloader_drop_last,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        ranks=ranks,
+        rank=args.process_index * ranks // args.world_size,
+    )
+    _plan(batches, args)
+    if limit is not None:
+        _tell(batches, trainer)
+    return batches
+
+
+def loader(trainer: Any, batches: PairBatches) -> Any:
+    """The training loader over these batches, with the arguments' workers, prepared by Accelerate."""
+    args, accelerator = trainer.args, trainer.accelerator
+    made = DataLoader(
+        trainer.train_dataset,
+        batch_sampler=batches,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    prepared = prepare_data_loader(
+        made,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=accelerator.device_placement,
+        rng_types=list(accelerator.rng_types),
+        non_blocking=accelerator.non_blocking,
+        use_stateful_dataloader=accelerator.use_stateful_dataloader,
+    )
+    prepared._is_accelerate_prepared = True
+    return accelerator.prepare_data_loader(prepared)  # only registers it
+
+
+def _plan(batches: PairBatches, args: Any) -> None:
+    """Looks at as many epochs beforehand as the run will have; `ConfigError` where an epoch has no batch."""
+    if not len(batches):
+        raise ConfigError(
+            f"dataloader_drop_last leaves no batch: the {len(batches.lengths)} pairs are fewer than one batch of "
+            f"{batches.batch_size} on each of {batches.ranks} ranks takes. Lower the batch size, or leave it out"
+        )
+    epochs = math.ceil(args.num_train_epochs)
+    if args.max_steps > 0:
+        epochs = math.ceil(args.max_steps / math.ceil(len(batches) / args.gradient_accumulation_steps))
+    batches.plan(max(1, epochs))
+
+
+def _tell(batches: PairBatches, trainer: Any) -> None:
+    if getattr(trainer.args, "nll_normalization", "batch") == "microbatch" and batches.accumulation * batches.ranks > 1:
+        logger.warning(
+            "nll_normalization='microbatch' averages over batches, whose pairs max_tokens_per_batch=%d makes differ: "
+            "'batch' does not depend on the cut",
+            batches.max_tokens,
+        )
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    tokens = [batches.cost(batch) for batch in batches]
+    logger.info(
+        "batches of at most %d tokens: %d on each rank per epoch, of %d to %d tokens, %d in the mean",
+        batches.max_tokens,
+        len(tokens),
+        min(tokens),
+        max(tokens),
+        sum(tokens) // len(tokens),
+    )
+
+
+# ---- what a row costs
+
+
+def sizes(dataset: Any, collator: Any, layout: str | None = None) -> tuple[Widths, bool]:
+    """(`PairBatches.lengths`, `PairBatches.padded`) of a tokenized dataset under the collator's layout, or another.
+
+    A layout that is none of ours is taken for *padded*, which needs the most.
+    """
+    ours = isinstance(collator, ORPOCollator)
+    layout = layout or (collator.layout.name if ours else "padded")
+    multiple = (ours and collator.pad_to_multiple_of) or 1
+    padded = layout not in ("packed", "shared")
+    widths: list[Any] = []
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        chosen, chosen_labels, rejected, rejected_labels = _columns(dataset, start)
+        if not padded:
+            shared = _common_prefixes(chosen, rejected) if layout == "shared" else 0
+            widths += (_lengths(chosen) + _lengths(rejected) - shared).tolist()
+        elif layout == "seq2seq":
+            prompts = np.maximum(_prompts(chosen_labels), _prompts(rejected_labels))
+            answers = np.maximum(
+                _lengths(chosen) - _prompts(chosen_labels), _lengths(rejected) - _prompts(rejected_labels)
+            )
+            widths += zip(prompts.tolist(), answers.tolist(), strict=True)
+        else:
+            longest = np.maximum(_lengths(chosen), _lengths(rejected))
+            widths += (-(-longest // multiple) * multiple).tolist()
+    return widths, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochTokens:
+    """What one epoch costs, on all ranks together."""
+
+    computed: int
+    """Tokens that the model computes in the collator's layout."""
+    distinct: int
+    """Tokens of the same that are no padding."""
+    padded: int
+    """Tokens as *padded* in batches of the trainer's number of pairs, sampled as its are."""
+    exact: bool
+    """False where only some rows have been counted."""
+
+
+def epoch_tokens(trainer: Any) -> EpochTokens | None:
+    """Counted from the columns, of a large dataset from every nth row; None where the rows are not tokenized."""
+    args, rows, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+    if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
+        return None  # a stream, or a dataset that may make its rows anew each time they are read
+    if not is_tokenized(rows):
+        return None
+    total = len(rows)
+    if total > _COUNTED_ROWS:
+        picked = range(0, total, -(-total // _COUNTED_ROWS))
+        rows = rows.select(picked) if hasattr(rows, "select") else [rows[index] for index in picked]
+    in_batches = PairBatches(
+        sizes(rows, collator, "padded")[0],
+        padded=True,
+        pairs_per_batch=trainer._train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        group_by_length=args.train_sampling_strategy == "group_by_length",
+        shuffle=args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+    padded = sum(map(in_batches.cost, in_batches))
+    layout = collator.layout.name
+    widths, _ = sizes(rows, collator, "packed" if layout == "padded" else layout)
+    distinct = int(np.sum(widths))
+    counts = (padded if layout == "padded" else distinct, distinct, padded)
+    computed, distinct, padded = (count * total // len(rows) for count in counts)
+    return EpochTokens(computed=computed, distinct=distinct, padded=padded, exact=len(rows) == total)
+
+
+class _Ragged:
+    """Lists of integers, one per row, as one array of values and the places where rows begin and end."""
+
+    def __init__(self, values: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+        self.values, self.starts, self.ends = values, offsets[:-1], offsets[1:]
+
+
+def _columns(dataset: Any, start: int) -> list[_Ragged]:
+    """Those of `COLUMNS`, for the next rows from `start`."""
+    stop = min(start + _ROWS_AT_ONCE, len(dataset))
+    if hasattr(dataset, "with_format"):  # datasets.Dataset: no row becomes Python objects
+        table = dataset.select_columns(list(COLUMNS)).with_format("arrow")[start:stop]
+        return [_of_arrow(table[column].combine_chunks()) for column in COLUMNS]
+    rows = [dataset[index] for index in range(start, stop)]
+    return [_of_lists([row[column] for row in rows]) for column in COLUMNS]
+
+
+def _of_arrow(array: Any) -> _Ragged:
+    return _Ragged(array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64))
+
+
+def _of_lists(lists: list[list[int]]) -> _Ragged:
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+    return _Ragged(np.concatenate([np.asarray(part, dtype=np.int64) for part in lists]), offsets)
+
+
+def _lengths(column: _Ragged) -> NDArray[np.int64]:
+    return column.ends - column.starts
+
+
+def _common_prefixes(first: _Ragged, second: _Ragged) -> NDArray[np.int64]:
+    """`packing.common_prefix` of each row."""
+    shorter = np.minimum(_lengths(first), _lengths(second))
+    rows, places = _places(shorter)
+    differ = first.values[first.starts[rows] + places] != second.values[second.starts[rows] + places]
+    return _first_place(differ, rows, places, shorter)
+
+
+def _prompts(labels: _Ragged) -> NDArray[np.int64]:
+    """Tokens before the first that has a label."""
+    rows, places = _places(_lengths(labels))
+    return _first_place(labels.values[labels.starts[rows] + places] >= 0, rows, places, _lengths(labels))
+
+
+def _places(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and place in the row of every element of rows of such lengths."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _first_place(
+    marked: NDArray[np.bool_], rows: NDArray[np.int64], places: NDArray[np.int64], default: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The first marked place of each row."""
+    found = default.copy()
+    # Backwards, since of several assignments to one row the last one stays.
+    found[rows[marked][::-1]] = places[marked][::-1]
+    return found

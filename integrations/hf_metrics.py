@@ -1,0 +1,87 @@
+"""Figures of a run: summed on the device as they come, gathered from all ranks once per log."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from orpo_plugins.hooks import plugins
+from orpo_plugins.forward import Denominators, ORPOOptions
+from orpo_plugins.objective import ORPOOutput
+
+
+class MetricSums:
+    """Running (sum, weight) of every figure since the last log; nothing here waits for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, figures: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        """Adds one micro-batch: figure name -> (sum of values, number of values)."""
+        for name, (total, weight) in figures.items():
+            # fp32 on devices without fp64 (MPS); elsewhere fp64, so that a million small terms still add up.
+            dtype = torch.float32 if total.device.type == "mps" else torch.float64
+            total = total.to(dtype)
+            # new_full fills on the device; a tensor made from a Python number would be copied there.
+            count = weight.to(total) if isinstance(weight, Tensor) else total.new_full((), weight)
+            entry = torch.stack([total, count])
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def pop(self, accelerator: "object | None" = None) -> dict[str, float]:
+        """Means over all ranks since the last call, with one gather and one transfer; empties the sums."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        table = torch.stack([self._sums[name] for name in names])
+        if accelerator is not None:
+            table = accelerator.reduce(table, reduction="sum")  # type: ignore[attr-defined]  # accelerate.Accelerator
+        self._sums.clear()
+        return {
+            name: total / weight if weight else 0.0 for name, (total, weight) in zip(names, table.tolist(), strict=True)
+        }
+
+
+def figures_of(
+    output: ORPOOutput, options: ORPOOptions, totals: Denominators
+) -> dict[str, tuple[Tensor, Tensor | float]]:
+    """TRL's metric keys and ours for one micro-batch, each as (sum, weight).
+
+    Per pair: `rewards/*` (beta times mean log-probability), `logps/*`, `log_odds_chosen`, `log_odds_ratio`,
+    `answer_tokens/*` (tokens per answer) and the metrics of plugins.  `nll_loss` is weighted as the loss weighs it:
+    by tokens ("batch"), by micro-batch ("microbatch"), by rows ("pair").  Rows count by their weights, and in the
+    figures of pairs only where they have a rejected answer.
+    """
+    chosen, rejected = output.chosen_logps.detach(), output.rejected_logps.detach()
+    per_pair = {
+        "rewards/chosen": options.beta * chosen,
+        "rewards/rejected": options.beta * rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": options.beta * (chosen - rejected),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "log_odds_chosen": output.log_odds_chosen.detach(),
+        "log_odds_ratio": output.log_odds_ratio.detach(),
+        "answer_tokens/chosen": output.figures["chosen_lengths"],
+        "answer_tokens/rejected": output.figures["rejected_lengths"],
+    }
+    per_pair |= {metric.name: metric.compute(output).detach().float() for metric in plugins.metrics()}
+    rows = output.figures["weights"]
+    pairs = torch.where(output.figures["rejected_lengths"] > 0, rows, 0.0)
+    sums: dict[str, tuple[Tensor, Tensor | float]] = {}
+    for name, values in per_pair.items():
+        if values.shape == pairs.shape:
+            # Not a product: figures of a row without a rejected answer are NaN.
+            sums[name] = (torch.where(pairs > 0, values * pairs, 0.0).sum(), pairs.sum())
+        else:
+            sums[name] = (values.sum(), float(values.numel()))
+    nll = output.nll_loss.detach()
+    if options.nll_normalization == "batch":
+        sums["nll_loss"] = (nll * totals.nll_tokens, output.figures["nll_tokens"])
+    elif options.nll_normalization == "pair":
+        sums["nll_loss"] = (nll * totals.num_rows, rows.sum())
+    else:
+        sums["nll_loss"] = (nll, (rows.sum() > 0).float())
+    for name, figure in (("logits/chosen", "chosen_logits"), ("logits/rejected", "rejected_logits"), ("aux_loss",) * 2):
+        if figure in output.figures:
+            sums[name] = (output.figures[figure], 1.0)
+    return sums

@@ -1,0 +1,245 @@
+"""What a run does before its first step: checks of its model, rows and layout, and what the layout saves in the log.
+
+A model that is whole is checked before the training loader is made, since batches by tokens are cut as the layout
+counts.  A model that FSDP or DeepSpeed cuts can only run once it is wrapped, which is after that, but before the
+loader starts its workers: the collator can still be given another layout.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from orpo_plugins.hooks import plugins
+from orpo_plugins.data.collator import ORPOCollator
+from orpo_plugins.errors import BatchError, ConfigError, ModelError
+from orpo_plugins.forward import check_vocabulary
+from orpo_plugins.models.head import in_mode, is_encoder_decoder
+from orpo_plugins.integrations.hf_loader import epoch_tokens, sizes
+from orpo_plugins.hooks.types import Pair
+from orpo_plugins.layouts.check import check_layout
+from orpo_plugins.models.checks import Examined, examine, too_few_positions
+from orpo_plugins.layouts.one_row import SPANS
+from orpo_plugins.data.dataset import is_tokenized
+from orpo_plugins.models.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
+
+logger = logging.getLogger(__name__)
+
+_PAIRS = 2
+_ROWS = 64
+"""Among so many rows the check looks for pairs that can be used."""
+
+
+class BeforeTraining(TrainerCallback):
+    """Checks what could not be checked earlier, when the model is wrapped and no batch has been made."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer between wrapping the model and the first batch."""
+        self.trainer.begin_run()
+        self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
+        self.trainer.tell_tokens()
+        log_example(self.trainer)
+
+
+# ---- model and rows
+
+
+def without_checkpointing(model: nn.Module, args: Any) -> None:
+    """Turns gradient checkpointing off, and says so, for an adapter whose virtual tokens are in the cache."""
+    if not is_in_the_cache(adapter_of(model)) or not (args.gradient_checkpointing or checkpointed(model)):
+        return
+    logger.warning(
+        "gradient checkpointing is off: it would take away the cache, in which the adapter has its virtual tokens"
+    )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the new name since transformers 5.24
+        if hasattr(args, name):
+            setattr(args, name, False)
+    stop_checkpointing(model)
+
+
+def check_rows(trainer: Any, model: nn.Module) -> None:
+    """Examines the model, and compares the longest tokenized row with the positions that it has; once per dataset.
+
+    Rows that are tokenized on the way, and batches of a collator of one's own, which may hold more than tokens, are
+    looked at one by one (see `check_model`).
+
+    Raises:
+        BatchError: a token is outside the model's vocabulary.
+        ConfigError: a row is longer; names it, the limit and the option that cuts it.
+        ModelError: the model is not causal.
+    """
+    train = trainer.train_dataset
+    if type(trainer.data_collator) is not ORPOCollator or not _has_tokenized_rows(train):
+        return
+    if getattr(trainer, "_rows_checked", None) is train:
+        return
+    ids = torch.tensor([[*train[0]["chosen_input_ids"], *train[0]["rejected_input_ids"]]])
+    check_vocabulary(model, ids)
+    ids = ids.to(next(model.parameters()).device)
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), in_mode(model, training=True):
+        examined = examine(model, {"input_ids": ids})
+    evaluated = trainer.eval_dataset if trainer.args.do_eval else None
+    others = evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated}
+    for name, rows in {"training": train, **others}.items():
+        if _has_tokenized_rows(rows):
+            _check_longest(rows, name, trainer.data_collator, model, examined)
+    trainer._rows_checked = train
+
+
+def _has_tokenized_rows(rows: Any) -> bool:
+    indexed = has_length(rows) and not isinstance(rows, IterableDataset)
+    return indexed and len(rows) > 0 and is_tokenized(rows)
+
+
+def _check_longest(rows: Any, name: str, collator: Any, model: nn.Module, examined: Examined) -> None:
+    if is_encoder_decoder(model):
+        widths = np.array(sizes(rows, collator, "seq2seq")[0])
+        sides = {"encoder_tokens": widths[:, 0], "tokens": widths[:, 1]}
+    else:
+        sides = {"tokens": np.array(sizes(rows, collator, "padded")[0])} if examined.tokens is not None else {}
+    for side, tokens in sides.items():
+        limit, longest = getattr(examined, side), int(tokens.argmax())
+        if limit is not None and tokens[longest] > limit:
+            raise ConfigError(
+                f"row {longest} of the tokenized {name} set has {tokens[longest]} tokens, "
+                f"{too_few_positions(model, side, limit)}"
+            )
+
+
+# ---- the layout
+
+
+def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool) -> None:
+    """Two pairs through the collator's layout and through *padded*, as training would compute them.
+
+    All ranks decide alike.  Under `layout="auto"` a layout that differs is replaced by *padded*.
+
+    Raises:
+        ModelError: it differs and must not be replaced; holds the finding.
+        ConfigError: no row can be used to compare anything.
+    """
+    collator = trainer.data_collator
+    if not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
+        return
+    if collator.layout.encoder_decoder or plugins.layout("padded").unsupported(model):
+        return  # nothing to compare with
+
+    def on_any_rank(value: bool) -> bool:
+        if trainer.accelerator.num_processes == 1:
+            return value
+        told = torch.tensor(float(value), device=trainer.accelerator.device)
+        return bool(trainer.accelerator.reduce(told, reduction="sum") > 0)
+
+    pairs = _first_pairs(trainer.train_dataset, collator)
+    if on_any_rank(not pairs):
+        raise ConfigError(
+            f"none of the first {_ROWS} rows can be used, so layout={collator.layout.name!r} cannot be compared with "
+            "'padded' before training: take rows out that cannot be used (prepare_dataset does it and names them), use "
+            "layout='padded', or set layout_check=False"
+        )
+    # The model's own forward has the autocast only once Accelerate has prepared it.
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        report = check_layout(
+            model,
+            pairs,
+            collator.layout,
+            pad_token_id=collator.pad_token_id,
+            nll_over=collator.nll_over,
+            kernel=trainer.orpo_options.kernel,
+            on_any_rank=on_any_rank,
+        )
+    if not on_any_rank(not report.passed):
+        logger.info("%s", report.message())
+        return
+    finding = report.message() if not report.passed else f"{report.message()}, but not with the rows of another rank"
+    if getattr(trainer.args, "layout", None) != "auto":
+        raise ModelError(finding)
+    limit = getattr(trainer.args, "max_tokens_per_batch", None)
+    if batches_are_planned and limit is not None:
+        raise ModelError(
+            f"{finding}. layout='auto' cannot go on with 'padded' here, since max_tokens_per_batch={limit} has been "
+            f"planned for {collator.layout.name!r} before FSDP or DeepSpeed cut the model: set layout='padded'"
+        )
+    logger.warning("%s. layout='auto' goes on with 'padded'", finding)
+    collator.layout = plugins.layout("padded")
+
+
+def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
+    """The first pairs that can be used, those with a rejected answer before those without, which share nothing."""
+    paired: list[Pair] = []
+    alone: list[Pair] = []
+    rows: Iterator[Any]
+    if has_length(dataset) and not isinstance(dataset, IterableDataset):
+        rows = (dataset[index] for index in range(min(len(dataset), _ROWS)))
+    else:
+        rows = itertools.islice(dataset, _ROWS)
+    for row in rows:
+        try:
+            (pair,) = collator.pairs([row])
+        except BatchError:  # left out in training too, where other rows of its batch stay
+            continue
+        (paired if pair.rejected.input_ids else alone).append(pair)
+        if len(paired) == _PAIRS:
+            break
+    return [*paired, *alone][:_PAIRS]
+
+
+def log_example(trainer: Any) -> None:
+    """Logs the first pair that can be used as text, on the main process, once per run.
+
+    A stream's first row may be there only once: its collator logs it with the first batch.
+    """
+    collator, rows = trainer.data_collator, trainer.train_dataset
+    if not isinstance(collator, ORPOCollator) or not collator.show_example:
+        return
+    is_stream = isinstance(rows, IterableDataset) or not has_length(rows)
+    collator.example_is_logged = not is_stream
+    if is_stream or not trainer.is_world_process_zero():
+        return
+    for pair in _first_pairs(rows, collator)[:1]:
+        collator.log_example(pair)
+
+
+# ---- tokens
+
+_COUNTED = ("padded", "packed", "shared")
+
+
+def tokens_of_an_epoch(trainer: Any) -> str | None:
+    """What an epoch costs, in words; None where no length is known beforehand."""
+    layout = _layout_name(trainer)
+    counts = epoch_tokens(trainer) if layout in _COUNTED else None
+    if counts is None:
+        return None
+    text = f"layout={layout}: {'' if counts.exact else 'about '}{counts.computed:,} tokens per epoch"
+    if layout == "padded":
+        return f"{text}, {counts.computed - counts.distinct:,} of them padding"
+    return f"{text}, {counts.padded:,} as padded in batches of {trainer._train_batch_size} pairs"
+
+
+def tokens_of_a_batch(trainer: Any, batch: dict[str, Any]) -> str | None:
+    """What a batch costs, in words, for rows that are tokenized on the way; reads no tensor's values."""
+    layout, ids, spans = _layout_name(trainer), batch.get("input_ids"), batch.get(SPANS)
+    if layout not in _COUNTED or ids is None:
+        return None
+    pairs = batch["shift_labels"].shape[0] // 2
+    text = f"layout={layout}: {ids.numel():,} tokens in the first batch, of {pairs} pairs"
+    if spans is None:
+        return text
+    longest = max(span.context_length + span.length for span in spans.spans)
+    return f"{text}, {2 * pairs * longest:,} as padded"
+
+
+def _layout_name(trainer: Any) -> str | None:
+    collator = trainer.data_collator
+    return collator.layout.name if isinstance(collator, ORPOCollator) else None

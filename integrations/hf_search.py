@@ -1,0 +1,48 @@
+"""What `Trainer.hyperparameter_search` leaves to luck: names that are no arguments, and a sum of all metrics."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orpo_plugins.errors import ConfigError
+from orpo_plugins.integrations.hf_legacy_arguments import RENAMED
+from orpo_plugins.integrations.hf_changed_options import LOSS_OPTIONS
+
+
+def checked_space(space: Callable[[Any], dict[str, Any]], args: Any) -> Callable[[Any], dict[str, Any]]:
+    """The space, of which every name is one of the arguments: a Trainer only warns of others, and trials are alike.
+
+    Raises `ConfigError` when a trial is drawn.
+    """
+
+    def checked(trial: Any) -> dict[str, Any]:
+        values = space(trial)
+        for name in values:
+            if not hasattr(args, name):
+                raise ConfigError(
+                    f"the search sets {name!r}, which {type(args).__name__} does not have{_hint(name, args)}"
+                )
+        return values
+
+    return checked
+
+
+def _hint(name: str, args: Any) -> str:
+    if name in LOSS_OPTIONS:
+        return ": search with ORPOTrainer and ORPOConfig, which does"
+    close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, vars(args), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def evaluation_loss(metrics: Mapping[str, float], eval_dataset: Any) -> float:
+    """The default objective: `eval_loss`, and for several sets the mean of their losses, `eval_<name>_loss`.
+
+    Raises `ConfigError` where the evaluation has none.
+    """
+    names = [f"eval_{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else ["eval_loss"]
+    if missing := [name for name in names if name not in metrics]:
+        raise ConfigError(
+            f"the evaluation has no {' and no '.join(missing)} to compare trials by: pass compute_objective, a "
+            "function of its metrics"
+        )
+    return sum(metrics[name] for name in names) / len(names)

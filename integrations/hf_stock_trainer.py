@@ -1,0 +1,242 @@
+"""ORPO for a stock `transformers.Trainer`: a collator, a loss function, and one call for the fused head.
+
+trainer = Trainer(
+    model, args, train_dataset=rows, data_collator=ORPOCollator(tokenizer, max_length=1024),
+    compute_loss_func=ORPOLoss(beta=0.1),      # args need remove_unused_columns=False
+)
+fuse_head(trainer)                             # optional: no logits in memory, exact pair weights, metrics
+"""
+
+import functools
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from orpo_plugins.data.collator import ORPOCollator
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.forward import Denominators, ORPOOptions, counts_of, nll_weights, pair_loss
+from orpo_plugins.models.head import logits_of
+from orpo_plugins.integrations.hf_changed_options import Option
+from orpo_plugins.integrations.hf_mixin import ORPOMethods
+from orpo_plugins.hooks.types import Objective
+from orpo_plugins.kernels.reference import objective_of_logits
+from orpo_plugins.models.checks import check_gradient
+from orpo_plugins.targets import IN_DECODER, Predictions, width_of
+from orpo_plugins.data.dataset import prepare_dataset
+
+logger = logging.getLogger(__name__)
+
+
+class ORPOLoss:
+    """A `compute_loss_func` for `Trainer`: ORPO from full logits.
+
+        loss = sum(NLL of the chosen rows) / num_items_in_batch
+             + (share of the step's NLL tokens) * mean over pairs of -beta * log sigmoid(odds_temperature * log_odds)
+
+    The Trainer hands a loss function the step's token count and nothing else, so with several micro-batches or ranks
+    per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
+    weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always, and is needed
+    for batches in another layout than *padded*, for encoder-decoder models, and for adapters with virtual tokens.  A
+    loss function does not see the model, so that only `fuse_head` finds one that is not causal.
+
+    Args:
+        beta: the paper's lambda, >= 0.
+        odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
+
+    Both are attributes, too, which may be set between steps (`ConfigError` for a value out of range).
+    """
+
+    beta, odds_temperature = Option("options"), Option("options")
+
+    def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
+        self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
+        self._told = False
+        self._checked = False
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        """The loss of one micro-batch; `labels` is the table that `ORPOCollator` makes."""
+        if labels is None:
+            raise BatchError("the batch has no labels: pass data_collator=ORPOCollator(...) to the Trainer")
+        logits = logits_of(outputs)
+        if logits is None:
+            raise BatchError(
+                "the model returned no logits, as models patched by use_liger_kernel=True do in training: "
+                "switch it off, or call fuse_head(trainer)"
+            )
+        if logits.shape[0] == 1:
+            # One row holds several sequences, which attend to each other unless the layout's attention is in place.
+            raise BatchError(
+                "the batch is packed into one row, whose attention needs more than a loss function: "
+                "call fuse_head(trainer), or use ORPOCollator(..., layout='padded')"
+            )
+        predictions = Predictions.from_table(labels, logits.shape[0] // 2)
+        if not self._checked:
+            _check_model(outputs, labels)
+            self._checked = True
+        _check_positions(logits, labels)
+        if num_items_in_batch is not None and torch.is_grad_enabled():  # a Trainer's training step
+            check_gradient(logits)
+        own_tokens = predictions.in_nll.sum().clamp(min=1).float()
+        tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
+        tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)
+        if not self._told and bool(tokens > own_tokens):
+            self._told = True
+            logger.warning(
+                "a step has several micro-batches: their odds-ratio terms are weighted by tokens; "
+                "call orpo_plugins.fuse_head(trainer) for exact pair weights"
+            )
+        # The Trainer counts tokens without weights, so the step's weighted count is estimated from this micro-batch.
+        totals = Denominators.of(counts_of(predictions) * (tokens / own_tokens))
+        objective = Objective(
+            nll_weights=nll_weights(predictions, self.options, totals),
+            pair_loss=functools.partial(pair_loss, options=self.options, predictions=predictions, totals=totals),
+        )
+        return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective).loss
+
+
+def _check_model(outputs: Any, labels: Tensor) -> None:
+    """Raises `BatchError` where an encoder-decoder model ran without its decoder's inputs, or a decoder on its batch.
+
+    Some models (BART) make decoder inputs of their own from the prompt, and train on nonsense without a complaint.
+    """
+    if "encoder_last_hidden_state" in outputs:
+        raise BatchError(
+            "an encoder-decoder model's decoder needs inputs that only the fused head makes: use "
+            "ORPOCollator(..., layout='seq2seq') and call fuse_head(trainer)"
+        )
+    if bool((labels[:, 3] & IN_DECODER).any()):
+        raise BatchError(
+            "the batch is for an encoder-decoder model and this one has no encoder: use "
+            "ORPOCollator(..., layout='padded')"
+        )
+
+
+def _check_positions(logits: Tensor, labels: Tensor) -> None:
+    """Raises `BatchError` where the model returned more or fewer positions than the batch has."""
+    width = width_of(labels)
+    if width is None:
+        raise BatchError("the batch does not say how wide its rows are: make it with ORPOCollator")
+    if logits.shape[1] != width:
+        raise BatchError(
+            f"the model returned {logits.shape[1]} positions for rows of {width} tokens, as adapters with virtual "
+            "tokens make it do (prompt tuning, P-tuning, CPT): call fuse_head(trainer), which knows the adapter"
+        )
+
+
+class FusedHead(ORPOMethods):
+    """`ORPOMethods` for a stock Trainer, with the options of its `ORPOLoss` and those of `fuse_head`."""
+
+    orpo_loss: ORPOLoss
+    _fused: dict[str, Any]
+
+    @property
+    def orpo_options(self) -> ORPOOptions:
+        """What defines the loss: `ORPOLoss.options` as they are now, `kernel` and `nll_normalization` of the trainer.
+
+        Raises `ConfigError` where the loss has been given one of the latter.
+        """
+        options = self.orpo_loss.options
+        for name, value in self._fused.items():
+            if getattr(options, name) not in (getattr(ORPOOptions(), name), value):
+                raise ConfigError(
+                    f"ORPOLoss.options has {name}={getattr(options, name)!r} and the trainer {value!r}, which counts: "
+                    f"set trainer.{name}"
+                )
+        return replace(options, **self._fused, logit_means=True)
+
+    @orpo_options.setter
+    def orpo_options(self, options: ORPOOptions) -> None:
+        self._fused = {name: getattr(options, name) for name in self._fused}
+        own = {name: getattr(self.orpo_loss.options, name) for name in (*self._fused, "logit_means")}
+        self.orpo_loss.options = replace(options, **own)
+
+    @property
+    def compute_loss_func(self) -> None:
+        """As for `ORPOMethods`, but another `ORPOLoss` may be set."""
+        return None
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Any) -> None:
+        if not isinstance(function, ORPOLoss):
+            raise ConfigError(f"compute_loss_func={function!r} would never be called: set an ORPOLoss")
+        self.orpo_loss = function
+
+    def prepare_rows(self, rows: Any, name: str) -> Any:
+        """Prepared with the options of the collator."""
+        collator = self.data_collator
+        return prepare_dataset(rows, collator.tokenizer, collator.options, name=name)[0]
+
+
+_NOT_CALLED = {
+    "compute_loss": "ORPO's loss and its figures take its place",
+    "prediction_step": "ORPO's loss and both log-probabilities take its place",
+    "_get_num_items_in_batch": "ORPO counts tokens and pairs itself",
+}
+"""Methods of a Trainer that the fused head replaces without calling them."""
+
+
+def fuse_head(
+    trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch", layout_check: bool = True
+) -> Trainer:
+    """Puts the fused head, exact step normalization and ORPO's metrics into a stock Trainer; returns it.
+
+    Args:
+        trainer: built with `data_collator=ORPOCollator(...)` and `compute_loss_func=ORPOLoss(...)`, whose `beta` and
+            `odds_temperature` count from step to step.  Its class is replaced by a subclass of itself.
+        kernel: "auto", "chunked", "chunked_fp32", "triton", "reference" or a plugin's name; then `trainer.kernel`.
+        nll_normalization: "batch", "microbatch" or "pair"; then `trainer.nll_normalization`.
+        layout_check: whether the collator's layout is compared with *padded* on two pairs before training.
+
+    Raises:
+        ConfigError: the trainer's loss or collator is another one, it has the fused head already, or it has methods of
+            its own that would never be called.
+    """
+    _check_fusable(trainer)
+    loss, collator = trainer.compute_loss_func, trainer.data_collator
+    if not isinstance(loss, ORPOLoss) or not isinstance(collator, ORPOCollator):
+        raise ConfigError(
+            f"the trainer has compute_loss_func={loss!r} and data_collator={type(collator).__name__}: build it with "
+            "compute_loss_func=ORPOLoss(...) and data_collator=ORPOCollator(...) first"
+        )
+    fused: dict[str, Any] = {"kernel": kernel, "nll_normalization": nll_normalization}
+    replace(loss.options, **fused)  # raises for a value that is unknown
+    trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (FusedHead, type(trainer)), {})
+    trainer.compute_loss_func, trainer._fused = loss, fused
+    trainer.set_up_orpo(layout_check=layout_check)
+    return trainer
+
+
+def _check_fusable(trainer: Any) -> None:
+    """Raises `ConfigError` for a trainer of which something would be left out."""
+    kind = type(trainer)
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"{kind.__name__} is no transformers.Trainer: for a loop of one's own there is orpo_forward")
+    if isinstance(trainer, ORPOMethods):
+        raise ConfigError(
+            f"{kind.__name__} has the fused head already: leave fuse_head out. trainer.kernel and "
+            "trainer.nll_normalization may be set between steps"
+        )
+    for base in kind.__mro__:
+        own = () if base.__module__.startswith("transformers.") else _NOT_CALLED.keys() & vars(base).keys()
+        for name in sorted(own):
+            raise ConfigError(
+                f"{base.__name__}.{name} would never be called: {_NOT_CALLED[name]}. Call fuse_head on a "
+                "transformers.Trainer without it, or derive from orpo_plugins.ORPOTrainer, whose methods may be "
+                "overridden"
+            )
+    names = {name for base in FusedHead.__mro__[:-1] for name in vars(base) if not name.startswith("__")}
+    for name in sorted(names & vars(trainer).keys() - {"compute_loss_func"}):
+        raise ConfigError(
+            f"trainer.{name} is set on the trainer itself, where it would hide what fuse_head puts in: remove "
+            "it, set an option on ORPOLoss or in fuse_head(trainer, ...), and for a method derive from "
+            "orpo_plugins.ORPOTrainer"
+        )
+    if getattr(trainer.args, "predict_with_generate", False):
+        raise ConfigError(
+            "predict_with_generate=True has no effect: an evaluation step makes both answers' log-probabilities. Leave "
+            "it out, and call trainer.model.generate after training"
+        )

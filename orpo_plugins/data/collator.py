@@ -1,0 +1,208 @@
+"""`ORPOCollator`: rows, raw or tokenized, to the batch that a layout makes.
+
+Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
+"""
+
+import dataclasses
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+from orpo_plugins.hooks import plugins
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.data.example import example_text
+from orpo_plugins.forward import NLL_OVER
+from orpo_plugins.hooks.types import Pair
+from orpo_plugins.data.pairs import BuiltPair, PairOptions
+from orpo_plugins.targets import with_weights, with_width
+from orpo_plugins.data.tokenized_rows import RowTokenizer
+
+logger = logging.getLogger(__name__)
+
+_READ_ONCE = frozenset([*(field.name for field in dataclasses.fields(PairOptions)), "padding_value"])
+_FORMATS = "row_formats"
+
+
+class ORPOCollator:
+    """Makes batches from preference rows in any registered format, or from tokenized ones.
+
+    A raw row that cannot be used (chosen equals rejected, for one) is left out of its batch; each reason is logged
+    once, and `left_out` counts all of them.  `prepare_dataset` finds such rows before training starts.
+
+    Args:
+        tokenizer: see `PairBuilder`; it needs an EOS token, and a pad token unless EOS may pad.
+        max_length, max_prompt_length, max_completion_length, truncation_mode: see `PairOptions`.
+        layout: "padded", "packed", "shared", "seq2seq" (encoder-decoder models) or a plugin's; "auto" is "padded",
+            which every decoder can run.
+        nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
+        padding_value: token id to pad with; default: the tokenizer's pad token.
+        pad_to_multiple_of: rounds the width of *padded* batches up.
+        sft_rows: whether a row may have no rejected answer (see `PairOptions`).
+        train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
+        show_example: whether the first pair of the first batch is logged as text.
+        template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
+
+    Returns (when called on a list of rows):
+        What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
+        `labels` [N, 4] (see `targets.py`; [N, 5] with weights or margins) and `shift_labels` [2B, L], all int64.
+
+    Raises:
+        ConfigError: an unknown option, or a tokenizer without EOS, or without a chat template for conversations.
+        RowError: a malformed row, by its number in the batch.
+        BatchError: no row of a batch can be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None = 1024,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        truncation_mode: str = "keep_end",
+        layout: str = "padded",
+        nll_over: str = "sequence",
+        pad_to_multiple_of: int | None = None,
+        padding_value: int | None = None,
+        sft_rows: bool = False,
+        train_on: str = "all_assistant",
+        show_example: bool = True,
+        template_strings: bool = False,
+    ) -> None:
+        self.layout = plugins.layout("padded" if layout == "auto" else layout)
+        self.options = PairOptions(
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            max_completion_length=max_completion_length,
+            truncation_mode=truncation_mode,
+            encoder_decoder=self.layout.encoder_decoder,
+            sft_rows=sft_rows,
+            train_on=train_on,
+            template_strings=template_strings,
+        )
+        if pad_to_multiple_of is not None and (self.layout.name != "padded" or pad_to_multiple_of < 1):
+            raise ConfigError(
+                f"pad_to_multiple_of={pad_to_multiple_of!r} needs layout='padded' and a positive number; the layout is "
+                f"{self.layout.name!r}, which pads in its own way or not at all"
+            )
+        self.tokenizer = tokenizer
+        self.nll_over = nll_over
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.left_out: Counter[str] = Counter()
+        self.show_example = show_example
+        self.example_is_logged = False
+        self._read = RowTokenizer(tokenizer, self.options)
+        self.pad_token_id = pad_token_id(tokenizer) if padding_value is None else padding_value
+        if self.pad_token_id < 0:
+            raise ConfigError(f"padding_value is {self.pad_token_id}: it is a token's id, and ids are not negative")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One batch."""
+        if not rows:
+            raise BatchError("the batch has no rows")
+        pairs = self.pairs(rows)
+        if self.show_example and not self.example_is_logged and _is_first_process():
+            self.log_example(pairs[0])
+        batch = self.layout.collate(pairs, pad_token_id=self.pad_token_id, nll_over=self.nll_over)
+        weights, margins = [pair.weight for pair in pairs], [pair.margin for pair in pairs]
+        if any(weight != 1 for weight in weights) or any(margins):
+            batch["labels"] = with_weights(batch["labels"], weights, margins)
+        batch = self._widened(batch) if self.pad_to_multiple_of else batch
+        return {**batch, "labels": with_width(batch["labels"], batch["input_ids"].shape[1])}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises `ConfigError` for an option that was read when the collator was made, and for an unknown nll_over."""
+        if name in _READ_ONCE:
+            raise ConfigError(
+                f"{name}={value!r} would have no effect on a collator that is made: make another, "
+                f"ORPOCollator(tokenizer, {name}={value!r}, ...)"
+            )
+        if name == "nll_over" and value not in NLL_OVER:
+            raise ConfigError(f"unknown nll_over {value!r}; known: {', '.join(NLL_OVER)}")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the layout goes by its name, and so do the row formats that rows are read with."""
+        return {**vars(self), "layout": self.layout.name, _FORMATS: [known.name for known in plugins.row_formats()]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises `ConfigError` where this process has not the plugins of the one that sent the collator."""
+        here = {
+            "layouts": [layout.name for layout in plugins.layouts()],
+            "row formats": [known.name for known in plugins.row_formats()],
+        }
+        for kind, names in (("layouts", [state["layout"]]), ("row formats", state.pop(_FORMATS))):
+            missing = [name for name in names if name not in here[kind]]
+            if missing or (kind == "row formats" and names != here[kind]):
+                raise ConfigError(
+                    f"this process knows the {kind} {', '.join(here[kind])}, and the process that started it "
+                    f"has {', '.join(names)}: register plugins where workers do too, at the top level of the main "
+                    "script or by an entry point (docs/plugins.md), or set dataloader_num_workers=0"
+                )
+        vars(self).update(state, layout=plugins.layout(state["layout"]))
+
+    def log_example(self, pair: Pair) -> None:
+        """Logs a pair as text, in place of the first one of the next batch."""
+        # As loud as a warning: nobody would see it otherwise, and it shows what no count of rows does.
+        logger.warning("%s", example_text(pair, self.tokenizer, nll_over=self.nll_over))
+        self.example_is_logged = True
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+        """The usable rows as pairs."""
+        pairs, reasons = [], []
+        for index, row in enumerate(rows):
+            built = self._read(row, f"{index} of the batch")
+            if isinstance(built, BuiltPair):
+                pairs.append(built.pair)
+            else:
+                reasons.append(built.reason)
+        if not pairs:
+            counts = ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).items())
+            raise BatchError(
+                f"none of the {len(rows)} rows of the batch can be used: {counts}. Take such rows out beforehand: "
+                "rows, report = orpo_plugins.data.dataset.prepare_dataset(rows, tokenizer, collator.options)"
+            )
+        for reason in reasons:
+            if reason not in self.left_out:
+                logger.warning(
+                    "a row was left out of its batch: %s (told once; ORPOCollator.left_out counts all. "
+                    "prepare_dataset finds such rows beforehand)",
+                    reason,
+                )
+            self.left_out[reason] += 1
+        return pairs
+
+    def _widened(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A *padded* batch with its width rounded up."""
+        width = batch["input_ids"].shape[1]
+        more = -width % int(self.pad_to_multiple_of or 1)
+        pad = torch.nn.functional.pad
+        labels = batch["labels"].clone()
+        # The table counts positions row by row, so that every row before a position adds the new columns.
+        labels[:, 0] += labels[:, 0] // width * more
+        return {
+            **batch,
+            "input_ids": pad(batch["input_ids"], (0, more), value=self.pad_token_id),
+            "attention_mask": pad(batch["attention_mask"], (0, more), value=0),
+            "labels": labels,
+        }
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first rank, and in it the first worker of a loader."""
+    worker = get_worker_info()
+    return os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills rows up: PAD, or EOS where there is none, which the attention mask hides just as well."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    raise ConfigError("the tokenizer has neither a pad nor an EOS token: set tokenizer.pad_token and eos_token")

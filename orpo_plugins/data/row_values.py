@@ -1,0 +1,218 @@
+"""Values of a row's columns, read as text and messages; what does not fit is an error that names the column."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from orpo_plugins.errors import RowError
+from orpo_plugins.hooks.types import Message
+
+Row = Mapping[str, Any]
+
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+}
+"""The roles of chat templates under the names that datasets give them; any other name is passed on as it is."""
+CALL = "function_call"
+"""ShareGPT's role of an assistant's message that is the JSON of a tool's call, or of several."""
+
+CONVERSATIONS = ("conversations", "messages")
+"""Columns that hold a conversation, which may or may not end with an answer."""
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+TEXT_ONLY = "Drop such rows, or remove the column where the texts stand by themselves"
+
+
+def tool_schemas(value: Any) -> list[Any]:
+    """The tools of a row: a list of their JSON schemas, or the JSON text of one."""
+    tools = _from_json(value, "column 'tools'") if isinstance(value, str) and value.strip() else value
+    if tools in (None, "") or isinstance(tools, list | tuple):
+        return list(without_none(tools or []))
+    raise RowError(f"column 'tools' is {kind(value)}, expected a list of JSON schemas, or the JSON text of one")
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """ShareGPT's calls, as chat templates read them."""
+    calls = _from_json(value, where)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise RowError(f"{where} is {kind(value)}, expected the JSON of a call: name and arguments")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _from_json(value: Any, where: str) -> Any:
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"{where} is {kind(value)}, which is no JSON: {error}") from error
+
+
+def without_none(value: Any) -> Any:
+    """Mappings without keys that are None, all the way down: Arrow fills in what other rows have."""
+    if isinstance(value, Mapping):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def system_text(value: Any) -> str:
+    """The text of a `system` column: a string, a list of strings, or a list of messages."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _encodable(value, "column 'system'")
+    if isinstance(value, list | tuple):
+        parts = [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in value]
+        if all(isinstance(part, str) for part in parts):
+            return "\n".join(parts)
+    raise RowError(f"column 'system' is {kind(value)}, expected a string or a list of strings")
+
+
+def history_of(row: Row) -> list[Message]:
+    """The messages of a `history` column: earlier turns as [question, answer] pairs or as messages, or their JSON."""
+    value = row.get("history")
+    turns = _from_json(value, "column 'history'") if isinstance(value, str) and value.strip() else value
+    if not turns:
+        return []
+    if isinstance(turns, list | tuple) and all(map(looks_like_a_message, turns)):
+        return messages_of({"history": turns}, "history")
+    if not isinstance(turns, list | tuple) or not all(isinstance(t, list | tuple) and len(t) == 2 for t in turns):
+        raise RowError(f"column 'history' is {kind(value)}, expected a list of [question, answer] pairs, or messages")
+    texts = [text_of({"history": text}, "history") for turn in turns for text in turn]
+    return [m for text, role in zip(texts, (user, assistant) * len(turns), strict=True) for m in role(text)]
+
+
+def text_of(row: Row, column: str, default: str | None = None) -> str:
+    """The text of a column; `default` where there is none."""
+    value = row.get(column)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} is {kind(value)}, expected a string. {_remedy(column, value)}")
+    return _encodable(value, f"column {column!r}")
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text itself; `RowError` where it holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{where} holds {text[error.start]!r} at position {error.start}, half of a surrogate pair: the text was "
+            "cut or decoded wrongly. Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from error
+    return text
+
+
+def messages_of(row: Row, column: str) -> list[Message]:
+    """The messages of a column; one message, or an answer written as a string, stands for a list of one."""
+    value = row[column]
+    if isinstance(value, str) and column in ("chosen", "rejected"):
+        return assistant(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise RowError(f"column {column!r} is {kind(value)}, expected a list of messages. {_remedy(column, value)}")
+    return [_message(message, f"message {number} of column {column!r}") for number, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise RowError(f"{where} is {kind(message)}, expected a mapping with role and content (or from and value)")
+    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
+    rest = {key: value for key, value in message.items() if value is not None}
+    role = rest.pop("role", None) or rest.pop("from", None)
+    content = rest.pop("content") if "content" in rest else rest.pop("value", None)
+    if not isinstance(role, str):
+        raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
+    if role == CALL:
+        rest["tool_calls"], content = _calls(content, where), ""
+    if calls := rest.pop("tool_calls", None):  # no calls are no key: templates ask whether it is there
+        calls = _from_json(calls, f"tool_calls of {where}") if isinstance(calls, str) else calls
+        rest["tool_calls"], content = without_none(calls), content or ""
+    if isinstance(content, list | tuple):
+        kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
+        if other := next((kind for kind in kinds if kind != "text"), None):
+            raise RowError(f"{where} holds a part of type {other!r}, but only text can be trained on. {TEXT_ONLY}")
+    if not isinstance(content, str | list | tuple):
+        raise RowError(f"{where} has {kind(content)} as its content, expected a string: keys {', '.join(message)}")
+    for part in [content] if isinstance(content, str) else content:
+        _encodable(str(part.get("text", "")) if isinstance(part, Mapping) else str(part), where)
+    known = ROLES.get(role.strip().lower(), role)
+    return {"role": "assistant" if role == CALL else known, "content": content, **rest}
+
+
+def _remedy(column: str, value: Any) -> str:
+    if value is None or str(value) in ("nan", "<NA>", "NaT"):  # as DataFrames say that nothing is there
+        more = ", or train such rows with the NLL alone (sft_rows=True)" if column == "rejected" else ""
+        return f"Fill it in, or filter the row out{more}"
+    if isinstance(value, list | tuple | Mapping):
+        return "Message lists belong into the columns prompt, chosen and rejected"
+    # Not with map, which would keep the column's type.
+    cast = f"dataset.cast_column({column!r}, datasets.Value('string'))"
+    return f"Make it a string ({cast}, or str(...) where rows are dicts), or filter the row out"
+
+
+def user(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+def assistant(content: str) -> list[Message]:
+    return [{"role": "assistant", "content": content}]
+
+
+def kind(value: Any) -> str:
+    """A value in words: None, or its type and how it begins."""
+    return "None" if value is None else f"{type(value).__name__} {shortened(value)}"
+
+
+def shortened(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+# ---- message lists that were written as text
+
+_LIST_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+_ROLE_IN_TEXT = re.compile(
+    r"""\[\s*\{.*['"](role|from)['"]\s*:\s*['"](system|user|assistant|human|gpt)['"]""", re.DOTALL
+)
+
+
+def message_lists_in_texts(row: Row) -> dict[str, Any]:
+    """The columns that hold the JSON, or Python's own text, of messages, with what they stand for (CSV exports)."""
+    columns = ("prompt", "chosen", "rejected", "rejected_messages", *CONVERSATIONS)
+    texts = {column: row[column] for column in columns if isinstance(row.get(column), str)}
+    found = {column: _messages_in(text, column) for column, text in texts.items() if _LIST_AS_TEXT.match(text)}
+    return {column: messages for column, messages in found.items() if messages is not None}
+
+
+def _messages_in(text: str, column: str) -> Any:
+    """The messages that a text stands for; None where it is a text after all, an answer in JSON for one."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return value if all(map(looks_like_a_message, [value] if isinstance(value, Mapping) else value)) else None
+    if not _ROLE_IN_TEXT.match(text.lstrip()):
+        return None
+    raise RowError(
+        f"column {column!r} is the text of a list of messages ({shortened(text)}), but neither JSON nor a Python list, "
+        "as where numpy has printed it. Write the lists as JSON where the file is made"
+    )
+
+
+def looks_like_a_message(value: Any) -> bool:
+    """Whether a value has a role and something said."""
+    if not isinstance(value, Mapping):
+        return False
+    return bool({"role", "from"} & value.keys()) and bool({"content", "value", "tool_calls"} & value.keys())

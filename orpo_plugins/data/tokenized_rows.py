@@ -1,0 +1,146 @@
+"""One row to one pair of token sequences, and back to columns."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orpo_plugins.data.chat_id_pairs import ChatIdPairBuilder, gives_chats_as_ids
+from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.hooks.types import TokenSequence
+from orpo_plugins.data.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
+from orpo_plugins.targets import IGNORE_INDEX, prompt_length
+from orpo_plugins.data.row_formats import parse_row
+from orpo_plugins.data.encoder_decoder_pairs import EncoderDecoderPairBuilder
+
+COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+"""The columns of a tokenized row: ids, and labels that are -100 on the prompt."""
+
+NUMBERS = {"weight": 1.0, "margin": 0.0}
+"""Optional columns of raw and tokenized rows (see `Pair`), with what a row without them has."""
+
+
+def pair_builder(tokenizer: Any, options: PairOptions) -> PairBuilder:
+    """The builder that fits the model and what the tokenizer is able to do."""
+    if not gives_chats_as_ids(tokenizer):
+        return (EncoderDecoderPairBuilder if options.encoder_decoder else PairBuilder)(tokenizer, options)
+    if options.encoder_decoder:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not encode special tokens that stand in text, which pairs of an "
+            "encoder-decoder model need: take the tokenizer that belongs to the model"
+        )
+    return ChatIdPairBuilder(tokenizer, options)
+
+
+class RowTokenizer:
+    """Callable: a raw or tokenized row and its number to `BuiltPair` or `Dropped`."""
+
+    def __init__(self, tokenizer: Any, options: PairOptions) -> None:
+        self.builder = pair_builder(tokenizer, options)
+
+    def __call__(self, row: Mapping[str, Any], index: int | str) -> BuiltPair | Dropped:
+        """Raises `RowError` with the row's number for a malformed row."""
+        tokenized = isinstance(row, Mapping) and set(COLUMNS) <= set(row)
+        options = self.builder.options
+        preference = (
+            None
+            if tokenized
+            else parse_row(row, index, sft_rows=options.sft_rows, template_strings=options.template_strings)
+        )
+        try:
+            numbers = {name: _number(row, name) for name in NUMBERS}
+            if numbers["weight"] == 0:
+                return Dropped(reason="the weight is 0")
+            built = self._from_tokens(row) if preference is None else self.builder(preference)
+        except RowError as error:
+            raise RowError(f"row {index}: {error}") from error
+        if numbers == NUMBERS or isinstance(built, Dropped):
+            return built
+        pair = dataclasses.replace(built.pair, weight=numbers["weight"], margin=numbers["margin"])
+        return dataclasses.replace(built, pair=pair)
+
+    def _from_tokens(self, row: Mapping[str, Any]) -> BuiltPair | Dropped:
+        chosen, rejected = tokenized_answer(row, "chosen"), tokenized_answer(row, "rejected")
+        if self.builder.options.sft_rows and chosen.ids and not (rejected.prompt or rejected.ids):
+            return self.builder.fit(chosen)
+        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+            if not answer.ids:
+                return Dropped(reason=f"the {name} answer is empty")
+        if chosen == rejected:
+            return Dropped(reason="chosen equals rejected")
+        return self.builder.fit(chosen, rejected)
+
+
+def tokenized_answer(row: Mapping[str, Any], name: str) -> Answer:
+    """Reads `<name>_input_ids` and `<name>_labels`, without what `<name>_attention_mask` masks; checks them."""
+    ids, labels = _integers(row, f"{name}_input_ids"), _integers(row, f"{name}_labels")
+    if len(ids) != len(labels):
+        raise RowError(f"{name}_input_ids has {len(ids)} tokens but {name}_labels has {len(labels)}")
+    if row.get(f"{name}_attention_mask") is not None:
+        mask = _integers(row, f"{name}_attention_mask")
+        if len(mask) != len(ids):
+            raise RowError(f"{name}_input_ids has {len(ids)} tokens but {name}_attention_mask has {len(mask)}")
+        ids = [token for token, seen in zip(ids, mask, strict=True) if seen]
+        labels = [token for token, seen in zip(labels, mask, strict=True) if seen]
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if token < 0:
+            raise RowError(f"{name}_input_ids[{position}] is {token}: token ids are not negative")
+        if label not in (token, IGNORE_INDEX):
+            raise RowError(
+                f"{name}_labels[{position}] is {label} but {name}_input_ids[{position}] is {token}: a label is the "
+                f"token at the same position (not shifted), or {IGNORE_INDEX}"
+            )
+    start = prompt_length(labels)
+    return Answer(ids[:start], ids[start:], labels[start:])
+
+
+def _number(row: Mapping[str, Any], column: str) -> float:
+    """The value of a column of `NUMBERS`; its default where the row has none."""
+    value = row.get(column)
+    if value is None:
+        return NUMBERS[column]
+    value = value.item() if hasattr(value, "item") else value
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (column == "weight" and value < 0):
+        wanted = "a finite number >= 0" if column == "weight" else "a finite number"
+        raise RowError(
+            f"column {column!r} is {shown(value)}, expected {wanted}: it changes how much the row counts. Rename the "
+            "column if it means something else"
+        )
+    return float(value)
+
+
+def _integers(row: Mapping[str, Any], column: str) -> list[int]:
+    value = row[column]
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not all(isinstance(token, int) for token in value):
+        raise RowError(f"column {column!r} is {shown(value)}, expected a list of token ids")
+    return list(value)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def tokenized_row(built: BuiltPair, numbers: Iterable[str] | None = None) -> dict[str, Any]:
+    """The columns of a tokenized row, and `length`, the tokens of both sequences.
+
+    With the columns of `NUMBERS` that are named, or by default those in which the row differs from others.
+    """
+
+    def columns(name: str, sequence: TokenSequence) -> dict[str, list[int]]:
+        return {f"{name}_input_ids": sequence.input_ids, f"{name}_labels": sequence.labels}
+
+    pair = built.pair
+    length = len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
+    if numbers is None:
+        numbers = [name for name, default in NUMBERS.items() if getattr(pair, name) != default]
+    return {
+        **columns("chosen", pair.chosen),
+        **columns("rejected", pair.rejected),
+        "length": length,
+        **{name: getattr(pair, name) for name in numbers},
+    }

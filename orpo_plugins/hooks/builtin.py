@@ -1,0 +1,20 @@
+"""The built-in plugins, by the name under which they are registered (and can be unregistered)."""
+
+from types import ModuleType
+
+
+def plugins() -> dict[str, ModuleType]:
+    """Modules whose functions implement the hooks; torch is the heaviest thing that they import."""
+    from orpo_plugins.hooks import methods as announced
+    from orpo_plugins.layouts import padded as layouts
+    from orpo_plugins.data import row_formats
+    from orpo_plugins.kernels import chunked, reference, triton_head
+
+    return {
+        "orpo-row-formats": row_formats,
+        "orpo-layouts": layouts,
+        "orpo-kernel-reference": reference,
+        "orpo-kernel-chunked": chunked,
+        "orpo-kernel-triton": triton_head,
+        "orpo-methods": announced,
+    }

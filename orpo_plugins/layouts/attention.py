@@ -1,0 +1,418 @@
+"""The attention function behind the layouts *packed* and *shared*, for transformers' `AttentionInterface`.
+
+A batch of these layouts is one row cut into spans (`orpo_plugins/layouts/one_row.py`).  The rows of a span attend causally
+to themselves and to all rows of the span's context, if it has one:
+
+    out[span] = softmax(scale * q[span] @ k[context + span].T + causal) @ v[context + span]
+
+No mask of the whole row is ever built.  A model's attention implementation is replaced, once, by one of our own
+name that does this where the batch carries spans and otherwise calls the implementation it replaces, masks
+included: evaluation, generation and padded batches see no difference.  It stays in place after a forward pass
+because gradient checkpointing runs the layers again during the backward pass.
+"""
+
+import functools
+import importlib
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from orpo_plugins.errors import ModelError
+from orpo_plugins.models.head import attention_implementation, unwrap_model
+from orpo_plugins.layouts.one_row import SPANS, Span, Spans
+
+PREFIX = "orpo_"
+"""Our name for an implementation is this and the name of the one replaced, `orpo_sdpa`."""
+REPLACEABLE = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+"""Implementations that compute plain softmax attention, so that ours means the same."""
+NOT_UNDERSTOOD = ("position_bias", "indices", "block_indices", "sinks")
+"""Keywords by which layers change their scores in ways that no span attention here computes."""
+
+_with_config: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]" = weakref.WeakKeyDictionary()
+"""Of every prepared model, the modules that read their attention implementation from a configuration."""
+_masks_off = False  # a plain global, since torch.compile can guard on one and cannot read a ContextVar
+
+
+def prepare(model: nn.Module) -> None:
+    """Puts the span attention in front of the attention implementation of `model` and of all its submodules."""
+    inner = unwrap_model(model)
+    modules = [module for module in inner.modules() if _reads_config(module)]
+    _with_config[inner] = [weakref.ref(module) for module in modules]
+    _prepare_each(modules)
+
+
+def _prepare_again(model: nn.Module) -> None:
+    """`prepare`, without a walk over all modules where it has been called before: adapters multiply them."""
+    modules = [module() for module in _with_config.get(unwrap_model(model), ())]
+    if not modules or None in modules:
+        prepare(model)
+    else:
+        _prepare_each(modules)
+
+
+def _prepare_each(modules: Iterable[Any]) -> None:
+    for module in modules:
+        original = module.config._attn_implementation
+        if original not in REPLACEABLE:
+            continue
+        name = PREFIX + original
+        AttentionInterface.register(name, functools.partial(span_attention, original=original))
+        AttentionMaskInterface.register(name, functools.partial(mask, original=original))
+        # Not `set_attn_implementation`: it would check for the hardware again, and import flash-attn for its name.
+        module.config._attn_implementation_internal = name
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether spans given to `model` reach this module; a model that is not prepared would ignore them."""
+    return str(attention_implementation(model)).startswith(PREFIX)
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every transformers configuration that a submodule of `model` reads its attention implementation from."""
+    return list({id(m.config): m.config for m in model.modules() if _reads_config(m)}.values())
+
+
+def _reads_config(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+@contextmanager
+def without_masks(model: nn.Module) -> Iterator[None]:
+    """While entered, `model` builds no attention masks: spans say all that these would.  Prepares it where needed."""
+    global _masks_off
+    _prepare_again(model)  # every time: a part of it may have been given another implementation since
+    if not is_prepared(model):
+        name = attention_implementation(model)
+        raise ModelError(
+            f"{type(unwrap_model(model)).__name__} has the attention implementation {name!r}, which would not see "
+            f"{SPANS!r}; known are {', '.join(REPLACEABLE)}. Use one of them, or layout='padded'"
+        )
+    before, _masks_off = _masks_off, True
+    try:
+        yield
+    finally:
+        _masks_off = before
+
+
+def mask(*args: Any, original: str, **kwargs: Any) -> Any:
+    """The mask that the replaced implementation would get, or None inside `without_masks`."""
+    return None if _masks_off else ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
+
+
+def span_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    original: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer calls: [1, heads, S, d] queries, keys and values in, [1, S, heads, d] out."""
+    spans = kwargs.pop(SPANS, None)
+    if spans is None:
+        if _masks_off:
+            raise ModelError(
+                f"{type(module).__name__} was not given the keyword {SPANS!r} that its model was called with: some "
+                "layer does not pass keywords on. Use layout='padded'"
+            )
+        return _replaced(module, original)(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and _masks_off:
+        raise ModelError(f"{type(module).__name__} makes an attention mask of its own: use layout='padded'")
+    return attend(query, key, value, spans, **_options(module, kwargs)), None
+
+
+# Lengths differ in every batch: one graph break per layer instead of compiling for each of them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Span attention.
+
+    Args:
+        query: [1, Hq, S, d].
+        key: [1, Hkv, S, d], Hq a multiple of Hkv; never copied to Hq heads.
+        value: [1, Hkv, S, dv].
+        spans: cover the S rows.
+        scale: multiplies the scores; default d ** -0.5.
+        dropout: probability of dropping an attention weight.
+        window: each row sees itself and the `window` - 1 positions before it; None for all.
+        softcap: c of c * tanh(scores / c).
+        sinks: [Hq] extra scores that take part in the softmax and contribute nothing.
+
+    Returns:
+        [1, S, Hq, dv], contiguous.
+    """
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ModelError(
+            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} of a batch that was laid out in one row: "
+            "key-value caches and virtual tokens need layout='padded'"
+        )
+    if softcap is None and sinks is None and (varlen := _varlen(query, value, dropout)):
+        return _attend_varlen(varlen, query, key, value, spans, _Settings(scale=scale, dropout=dropout, window=window))
+    # Split rather than sliced: the gradient of a slice is a row of zeros to be filled and added, for every span.
+    lengths = [span.length for span in spans.spans]
+    queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
+    index = {span.start: number for number, span in enumerate(spans.spans)}
+    written_out = softcap is not None or sinks is not None
+    parts = []
+    for number, span in enumerate(spans.spans):
+        context = _visible_context(span, window)
+        before = index[span.context_start]
+        all_keys = _with_context(keys[number], keys[before], context)
+        all_values = _with_context(values[number], values[before], context)
+        most = _rows_at_once(span.length, all_keys, window, written_out)
+        start = all_keys.shape[2] - span.length
+        for rows in torch.split(queries[number], most, dim=2):
+            stop = start + rows.shape[2]
+            first = 0 if window is None else max(0, start - window + 1)
+            seen = slice(first, stop)
+            own_keys, own_values = _part(all_keys, seen), _part(all_values, seen)
+            bias = _bias(spans, start - first, rows, window)
+            if written_out:
+                part = _written_out(rows, own_keys, own_values, bias, scale, dropout, softcap, sinks)
+            else:
+                part = F.scaled_dot_product_attention(
+                    rows,
+                    own_keys,
+                    own_values,
+                    attn_mask=bias,
+                    dropout_p=dropout,
+                    is_causal=bias is None,
+                    scale=scale,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            parts.append(part.transpose(1, 2))
+            start = stop
+    return torch.cat(parts, dim=1)
+
+
+def _options(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `attend`, from those that transformers' layers use."""
+    for name in NOT_UNDERSTOOD:
+        if kwargs.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} passes {name!r} to its attention: use layout='padded'")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{type(module).__name__} does not attend causally: use layout='padded'")
+    return {
+        "scale": kwargs.get("scaling"),
+        "dropout": kwargs.get("dropout") or 0.0,
+        "window": kwargs.get("sliding_window") or None,
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+
+
+Replaced = Callable[..., tuple[Tensor, Tensor | None]]
+"""An attention function of transformers."""
+
+
+def _replaced(module: nn.Module, original: str) -> Replaced:
+    if original == "eager":
+        # Each model file has its own, under this name; a wrapper's subclass (FSDP2) lives in another file.
+        files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+        found: Replaced = next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))
+        return found
+    return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+
+
+def _visible_context(span: Span, window: int | None) -> slice | None:
+    """The rows of the context that at least the span's first row sees, counted from the context's first."""
+    length = span.context_length if window is None else min(span.context_length, window - 1)
+    return slice(span.context_length - length, span.context_length) if length else None
+
+
+def _with_context(own: Tensor, before: Tensor, context: slice | None) -> Tensor:
+    return own if context is None else torch.cat([before[:, :, context], own], dim=2)
+
+
+def _part(whole: Tensor, seen: slice) -> Tensor:
+    """Some of the rows; all of them without a slice, whose gradient would be copied."""
+    return whole if seen.stop - seen.start == whole.shape[2] else whole[:, :, seen]
+
+
+def _rows_at_once(length: int, keys: Tensor, window: int | None, written_out: bool) -> int:
+    """How many of a span's rows to take together: those of one call are scored against all keys that any of them sees.
+
+    torch's kernel for CPUs scores causal rows against whole blocks of 512 keys, up to twice as many as they see.
+    """
+    if keys.device.type == "cpu" and keys.shape[2] <= 1024:
+        return 128
+    return 512 if written_out or window is not None else length
+
+
+def _bias(spans: Spans, before: int, rows: Tensor, window: int | None) -> Tensor | None:
+    """[rows, before + rows] to add to the scores of rows that follow `before` keys; None for plain causal attention.
+
+    In the queries' dtype, since scaled_dot_product_attention would convert a boolean one at every layer.
+    """
+    length = rows.shape[2]
+    if not before and (window is None or length <= window):
+        return None
+
+    def make() -> Tensor:
+        distance = (
+            torch.arange(before, before + length, device=rows.device)[:, None]
+            - torch.arange(before + length, device=rows.device)[None, :]
+        )
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        return torch.zeros(hidden.shape, dtype=rows.dtype, device=rows.device).masked_fill_(hidden, float("-inf"))
+
+    return spans.derived((before, length, window, rows.dtype, rows.device), make)  # type: ignore[no-any-return]
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with what no fused function offers, in plain operations; the softmax is in fp32."""
+    heads, groups = query.shape[1], key.shape[1]
+    grouped = query.reshape(query.shape[0], groups, heads // groups, *query.shape[2:])
+    scores = grouped @ key[:, :, None].transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is None:
+        rows = scores.shape[-1]
+        bias = torch.full((rows, rows), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
+    scores = scores + bias
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, groups, heads // groups, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return (F.dropout(weights, dropout) @ value[:, :, None]).flatten(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a variable-length function is told besides tensors and lengths."""
+
+    scale: float | None
+    dropout: float
+    window: int | None
+
+
+def _attend_varlen(
+    function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, spans: Spans, settings: _Settings
+) -> Tensor:
+    """All spans in one call with different query and key lengths; `function` aligns them at their ends."""
+    offsets = spans.derived(("offsets", query.device), lambda: _offsets(spans, query.device))
+    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    if offsets.key_rows is not None:
+        # At most two spans use a row, so that the sum of its gradients does not depend on their order.
+        key, value = key.index_select(0, offsets.key_rows), value.index_select(0, offsets.key_rows)
+    lengths = (offsets.queries, offsets.keys, offsets.longest_query, offsets.longest_key)
+    return function(query, key, value, *lengths, settings)[None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Offsets:
+    """Spans as variable-length functions want them."""
+
+    queries: Tensor
+    """int32 [spans + 1]: cumulative lengths."""
+    keys: Tensor
+    """The same for context and own rows together."""
+    key_rows: Tensor | None
+    """int64 [keys[-1]]: which row each key is; None where it is the identity."""
+    longest_query: int
+    longest_key: int
+
+
+def _offsets(spans: Spans, device: torch.device) -> _Offsets:
+    queries = [span.length for span in spans.spans]
+    keys = [span.context_length + span.length for span in spans.spans]
+    pieces = [
+        torch.arange(start, start + length)
+        for span in spans.spans
+        for start, length in ((span.context_start, span.context_length), (span.start, span.length))
+    ]
+    return _Offsets(
+        queries=F.pad(torch.tensor(queries, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device),
+        keys=F.pad(torch.tensor(keys, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device),
+        key_rows=torch.cat(pieces).to(device) if queries != keys else None,
+        longest_query=max(queries),
+        longest_key=max(keys),
+    )
+
+
+def _varlen(query: Tensor, value: Tensor, dropout: float) -> Callable[..., Tensor] | None:
+    """The device's variable-length attention for these tensors: torch's own, or flash-attn's; None without one."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return None
+    if dropout == 0.0 and _import("torch.nn.attention.varlen", "varlen_attn"):
+        return torch_varlen
+    return flash_attn_varlen if _import("flash_attn", "flash_attn_varlen_func") else None
+
+
+def torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, q: int, k: int, settings: _Settings
+) -> Tensor:
+    """torch.nn.attention.varlen (torch >= 2.10), which knows no dropout."""
+    window = -1 if settings.window is None else settings.window - 1
+    call = _import("torch.nn.attention.varlen", "varlen_attn")
+    assert call is not None
+    grouped = query.shape[1] != key.shape[1]
+    out: Tensor = call(
+        query, key, value, queries, keys, q, k, scale=settings.scale, window_size=(window, 0), enable_gqa=grouped
+    )
+    return out
+
+
+def flash_attn_varlen(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, q: int, k: int, settings: _Settings
+) -> Tensor:
+    """flash-attn >= 2.1, which aligns queries and keys of different lengths at their ends."""
+    call = _import("flash_attn", "flash_attn_varlen_func")
+    assert call is not None
+    out: Tensor = call(
+        query,
+        key,
+        value,
+        queries,
+        keys,
+        q,
+        k,
+        dropout_p=settings.dropout,
+        softmax_scale=settings.scale,
+        causal=True,
+        window_size=(-1 if settings.window is None else settings.window - 1, 0),
+    )
+    return out
+
+
+@functools.cache
+def _import(module: str, name: str) -> Callable[..., Any] | None:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None

@@ -1,0 +1,304 @@
+"""What a model must be like to be trained with ORPO at all: trainable, causal, with a position for every token.
+
+Whether it is causal, and how many positions it has learned, no configuration says reliably.  So each model is run once
+on a few tokens before its first batch; see `examine`.
+"""
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from orpo_plugins.errors import BatchError, ModelError
+from orpo_plugins.models.head import (
+    is_encoder_decoder,
+    logits_of,
+    output_head,
+    row_numbers,
+    unwrap_model,
+    wrappers,
+)
+from orpo_plugins.layouts.one_row import SPANS
+from orpo_plugins.layouts.encoder_decoder import DECODER_LABELS
+from orpo_plugins.models.virtual_tokens import check_cache, own_positions, virtual_tokens
+
+# ---- trainable
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises `ModelError` for a model none of whose parameters requires a gradient: training would change nothing.
+
+    Under gradient checkpointing the loss may have a gradient all the same, since the embeddings' outputs ask for one.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    raise ModelError(
+        f"no parameter of {type(unwrap_model(model)).__name__} requires a gradient, so training would change nothing: "
+        f"{_remedy(model)}"
+    )
+
+
+def _remedy(model: nn.Module) -> str:
+    if any(getattr(wrapper, "peft_config", None) for wrapper in wrappers(model)):
+        return (
+            "load the adapter with PeftModel.from_pretrained(model, path, is_trainable=True), or switch it on if it "
+            "was disabled"
+        )
+    return (
+        "unfreeze what is to be trained (parameter.requires_grad_(True)), or train an adapter (peft_config=, or "
+        "peft.get_peft_model; an adapter that is loaded needs is_trainable=True)"
+    )
+
+
+def check_gradient(loss: Tensor, model: nn.Module | None = None) -> None:
+    """Raises `ModelError` where a backward pass from `loss` (or logits) would reach no parameter.
+
+    Nothing is computed: the graph says it.  A graph that hides a part of itself, as reentrant checkpointing does, is
+    taken to reach one.
+    """
+    if (loss.is_leaf and loss.requires_grad) or _reaches_a_parameter(loss):
+        return
+    trainable = [] if model is None else [name for name, p in model.named_parameters() if p.requires_grad]
+    what = f"none of the {len(trainable)} trainable parameters ({trainable[0]}, …)" if trainable else "no parameter"
+    raise ModelError(
+        f"the loss depends on {what}, so training would change nothing: unfreeze parameters that take part in the "
+        "logits, and load adapters with PeftModel.from_pretrained(model, path, is_trainable=True), switched on"
+    )
+
+
+def _reaches_a_parameter(loss: Tensor) -> bool:
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    hidden = False
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        # A function written in Python may compute its part anew from parameters that are not among its inputs.
+        hidden |= isinstance(node, BackwardCFunction) and not _is_ours(node)
+        stack += [following for following, _ in node.next_functions]
+    return hidden
+
+
+def _is_ours(node: Any) -> bool:
+    return str(getattr(node, "_forward_cls", type(node)).__module__).startswith("orpo_plugins.")
+
+
+# ---- causal, with positions
+
+_KEPT, _CHANGED, _ENCODED = 2, 2, 7
+"""Tokens of the examined rows: those that are looked at, those behind them, and those that an encoder reads."""
+_TOLERANCE, _TOLERANCE_OF_16_BITS = 2e-3, 2e-2
+"""What logits may change by with the tokens behind them, relative to their length.
+
+Measured on every causal family of transformers, small and random: by 5e-7 and less in causal models (mixtures of
+experts, which multiply other groups of rows; 0 in bf16), by 6e-2 and more in others, in fp32 and bf16.
+"""
+_MADE_BY_COLLATORS = {
+    "input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels", DECODER_LABELS, SPANS
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """What a model was found to be."""
+
+    leak: float
+    """What logits change by with the tokens behind them, relative to their length."""
+    tolerance: float
+    """For the same."""
+    tokens: int | None
+    """How many a row may have, beside virtual ones; None where no table of positions limits them."""
+    encoder_tokens: int | None = None
+    """The same for what an encoder reads."""
+
+
+_examined: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, bool], Examined]]" = weakref.WeakKeyDictionary()
+"""By model; then by the virtual tokens that an adapter put before its rows, and by whether it was in training mode."""
+
+
+def check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Everything that can be said against training or evaluating `model` on a batch before it runs.
+
+    Raises:
+        ModelError: see `check_trainable` (in training only), `check_cache`, `examine`.
+        BatchError: a row has more tokens than the model has positions.
+    """
+    output_head(model)
+    if model.training and torch.is_grad_enabled():
+        check_trainable(model)
+    check_cache(model)
+    examined = examine(model, inputs)
+    for side, tokens, limit in (
+        ("encoder_tokens", _encoded(inputs), examined.encoder_tokens),
+        ("tokens", _tokens(inputs), examined.tokens),
+    ):
+        if tokens is not None and limit is not None and tokens > limit:
+            raise BatchError(f"a row of the batch has {tokens} tokens, {too_few_positions(model, side, limit)}")
+
+
+def too_few_positions(model: nn.Module, side: str, limit: int) -> str:
+    """What to say of a row that is longer than `limit`, which is `Examined.<side>`."""
+    virtual = virtual_tokens(model)[side == "tokens"]
+    beside = f" beside {virtual} virtual ones" if virtual else ""
+    option = "max_length"
+    if is_encoder_decoder(model):
+        option = "max_completion_length" if side == "tokens" else "max_prompt_length"
+    return (
+        f"and {type(unwrap_model(model)).__name__} has positions for {limit}{beside}: set {option}={limit} (of "
+        "ORPOConfig or ORPOCollator; in Axolotl sequence_len)"
+    )
+
+
+def _encoded(inputs: Mapping[str, Any]) -> int | None:
+    return int(inputs["input_ids"].shape[-1]) if "decoder_input_ids" in inputs else None
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int | None:
+    """The most that one sequence of a batch has, padding included; None where a device would have to be asked."""
+    if SPANS in inputs:
+        return max(int(span.context_length + span.length) for span in inputs[SPANS].spans)
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        return int(positions.max()) + 1 if positions.device.type == "cpu" else None
+    return int(inputs.get("decoder_input_ids", inputs["input_ids"]).shape[-1])
+
+
+def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Examined:
+    """Runs `model` on a few tokens of a batch, once, and looks what it does with those that stand behind.
+
+    Three passes without gradient, with the same random numbers, whose last tokens differ.  Of three differences the
+    smallest counts: a router near a tie decides one way or the other, so that two passes agree.  A model that was
+    examined in training mode is not in evaluation mode again.  Random numbers are as before afterwards.  Ranks run the
+    same passes, as a sharded model needs it.
+
+    Raises:
+        ModelError: earlier logits depend on later tokens.  Not where the batch has inputs of its maker's own, such as
+            images and token types, which may say what attends to what.
+    """
+    inner, virtual = unwrap_model(model), virtual_tokens(model)
+    known = _examined.setdefault(inner, {})
+    found = known.get((virtual, True)) or known.get((virtual, model.training))
+    if found is None:
+        found = known[virtual, model.training] = _examination(model, inputs, virtual)
+    own = any(isinstance(v, Tensor) and v.ndim > 1 for key, v in inputs.items() if key not in _MADE_BY_COLLATORS)
+    if found.leak > found.tolerance and not own:
+        known.clear()  # whoever follows the advice on the model itself is to be examined anew
+        raise ModelError(
+            f"{type(inner).__name__} is not causal: its logits change by {found.leak:.1e} with the tokens behind them "
+            f"(relative, tolerance {found.tolerance:.0e}), so answers would be scored by what they say later on. Take "
+            "a causal language model, or make this one causal where it can be: attn_implementation='eager' (PaliGemma, "
+            "Doge), or is_decoder=True, causal=True or use_bidirectional_attention=False in its configuration"
+        )
+    return found
+
+
+def _examination(model: nn.Module, inputs: Mapping[str, Any], virtual: tuple[int, int]) -> Examined:
+    kept = inputs["input_ids"].reshape(-1)[:_KEPT]
+    watch, passes = _Watch(), []
+    for ending in _endings(inputs["input_ids"]):
+        arguments = _row_inputs(model, torch.cat([kept, ending.repeat(_CHANGED)])[None], inputs)
+        with _undisturbed(model), watch:
+            logits = logits_of(model(**arguments, use_cache=False))
+        passes.append(_compared(logits, model, arguments))
+    return Examined(
+        leak=_difference(passes),
+        tolerance=_TOLERANCE_OF_16_BITS if watch.in_16_bits else _TOLERANCE,
+        tokens=watch.limit(_KEPT + _CHANGED, virtual[1]),
+        encoder_tokens=watch.limit(_ENCODED, virtual[0]) if is_encoder_decoder(model) else None,
+    )
+
+
+def _compared(logits: Tensor, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+    """[K, V]: what is compared of a pass, without what all entries of a vocabulary have in common."""
+    try:
+        kept = own_positions(logits, model, arguments)[0, :_KEPT].float()
+    except BatchError:  # the batch itself will come out like this, and the error will have its numbers
+        return logits.new_full((1, 1), torch.nan)
+    return kept - kept.mean(-1, keepdim=True)
+
+
+def _row_inputs(model: nn.Module, row: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's arguments for one row."""
+    others = row_numbers(inputs)
+    if not is_encoder_decoder(model):
+        return {**others, "input_ids": row, "attention_mask": torch.ones_like(row)}
+    read = row[:, :1].expand(1, _ENCODED)
+    return {**others, "input_ids": read, "attention_mask": torch.ones_like(read), "decoder_input_ids": row}
+
+
+def _endings(ids: Tensor) -> list[Tensor]:
+    """Three tokens that differ, of the batch itself: none that stands for an image, say."""
+    # Before them the first ids of a vocabulary, for a batch of fewer: all ranks have to run three passes.
+    known = torch.unique(ids)
+    others = torch.arange(3, device=ids.device)
+    return list(torch.cat([others[~torch.isin(others, known)], known])[-3:])
+
+
+def _difference(passes: list[Tensor]) -> float:
+    """The largest over positions of the smallest |difference| / |logits| over pairs of passes."""
+    differences = []
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        lengths = torch.maximum(passes[first].norm(dim=-1), passes[second].norm(dim=-1)).clamp(min=1e-30)
+        differences.append((passes[first] - passes[second]).norm(dim=-1) / lengths)
+    return float(torch.stack(differences).amin(0).amax())
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """For a forward pass that leaves no trace: no gradient, nothing compiled, no random number used."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    kind = next((device.type for device in devices), "cuda")
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(sorted(device.index or 0 for device in devices), device_type=kind),
+    ):
+        warnings.simplefilter("ignore")  # reentrant checkpointing misses its gradient
+        yield
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which tables are read at positions, and whether anything is computed in 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_16_bits = False
+        self._limits: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.in_16_bits |= isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16)
+        if func is torch.nn.functional.embedding:
+            self._note(*args[:2])
+        return result
+
+    def _note(self, indices: Tensor, table: Tensor) -> None:
+        """Of a table whose rows are read one after the other, how many can be: some begin with their second or third.
+
+        Only embeddings end so.  Rotary tables grow, or are none.
+        """
+        width = indices.shape[-1] if indices.ndim else 0
+        if width < _KEPT + _CHANGED:
+            return
+        rows = indices.reshape(-1, width)
+        if bool((rows == rows[0, 0] + torch.arange(width, device=rows.device)).all()):
+            limit = table.shape[0] - int(rows[0, 0])
+            self._limits[width] = min(limit, self._limits.get(width, limit))
+
+    def limit(self, tokens: int, virtual: int) -> int | None:
+        """What tables allow in rows like those of `tokens`, before which there may have been virtual ones."""
+        if tokens + virtual in self._limits:
+            return self._limits[tokens + virtual] - virtual
+        return self._limits.get(tokens)  # an adapter in the cache has them begin further on

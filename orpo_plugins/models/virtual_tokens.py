@@ -1,0 +1,90 @@
+"""Adapters of PEFT that put virtual tokens before every sequence, and what of the model's positions is the batch's.
+
+Prompt tuning, P-tuning, multitask prompt tuning and CPT prepend V embeddings, so that the model returns V + T positions
+for rows of T tokens; only the last T belong to the batch.  Prefix tuning and cartridges put V keys and values into
+every layer's cache instead: the model returns T positions, but each layer has to read a cache.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from orpo_plugins.errors import BatchError, ModelError
+from orpo_plugins.models.head import is_encoder_decoder, unwrap_model, wrappers
+
+_IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def adapter_of(model: nn.Module) -> Any:
+    """PEFT's configuration of the active adapter where it has virtual tokens, or None."""
+    for wrapper in wrappers(model):
+        name, configs = getattr(wrapper, "active_adapter", None), getattr(wrapper, "peft_config", None)
+        if isinstance(name, str) and isinstance(configs, Mapping):
+            config = configs.get(name)
+            return config if getattr(config, "is_prompt_learning", False) else None
+    return None
+
+
+def is_in_the_cache(config: Any) -> bool:
+    """Whether an adapter (its configuration, or None) hands its virtual tokens to the layers as cached keys."""
+    return getattr(config, "peft_type", None) in _IN_THE_CACHE
+
+
+def virtual_tokens(model: nn.Module) -> tuple[int, int]:
+    """How many virtual tokens the active adapter puts before what (an encoder, the decoder) reads."""
+    config = adapter_of(model)
+    if config is None:
+        return 0, 0
+    number = int(config.num_virtual_tokens)
+    if is_in_the_cache(config) or not is_encoder_decoder(model):
+        return 0, number
+    return number, number if config.peft_type == "MULTITASK_PROMPT_TUNING" else 0
+
+
+def own_positions(values: Tensor, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """[R, T, D]: of what a model computed at every position, [R, V + T, D], that of the batch's own tokens.
+
+    R and T are those of `input_ids`, or of `decoder_input_ids` where there are some; `values` may be flattened.
+
+    Raises:
+        BatchError: another number of positions than T, or V + T with the V of the active adapter.
+    """
+    rows, width = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+    virtual = 0 if is_in_the_cache(adapter_of(model)) else virtual_tokens(model)[1]
+    positions, rest = divmod(values.shape[:-1].numel(), rows)
+    if rest or positions not in (width, width + virtual):
+        adapter = f" and {virtual} virtual tokens" if virtual else ""
+        raise BatchError(
+            f"{type(unwrap_model(model)).__name__} returned {values.shape[:-1].numel()} positions for {rows} rows of "
+            f"{width} tokens{adapter}, so which of them predicts which token is not known. Something between the batch "
+            "and the head adds positions or leaves some out (a wrapper, a patch, sequence parallelism): turn it off"
+        )
+    return values.reshape(rows, positions, -1)[:, positions - width :]
+
+
+def check_cache(model: nn.Module) -> None:
+    """Raises `ModelError` for an adapter in the cache under gradient checkpointing, which takes the cache away."""
+    config = adapter_of(model)
+    if not (is_in_the_cache(config) and model.training and checkpointed(model)):
+        return
+    raise ModelError(
+        f"{str(config.peft_type.value).lower().replace('_', ' ')} puts its virtual tokens into the cache, and gradient "
+        "checkpointing runs layers without one: call model.gradient_checkpointing_disable(), or set "
+        "gradient_checkpointing=False"
+    )
+
+
+def checkpointed(model: nn.Module) -> bool:
+    """Whether any layer is computed anew in the backward pass: by transformers, or by torch's wrapper (FSDP)."""
+    return any(
+        getattr(module, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in module._modules
+        for module in model.modules()
+    )
+
+
+def stop_checkpointing(model: nn.Module) -> None:
+    """Turns it off, by the name that transformers has for it (a new one since 5.24)."""
+    inner: Any = unwrap_model(model)
+    new = getattr(inner, "activation_checkpointing_disable", None)
+    (inner.gradient_checkpointing_disable if new is None else new)()

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.forward import orpo_forward
-from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
+from orpo_plugins.layouts import support as layout_support
 from orpo_plugins.layouts.one_row import SPANS, Spans
 
 LOSS_TOLERANCE = 1e-6

@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
-from orpo_plugins.hooks import plugins
-from orpo_plugins.layouts.batches import STEP_STRATEGIES
+from orpo_plugins.data.pairs import TRAIN_ON, TRUNCATION_MODES
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.forward import NLL_NORMALIZATIONS, NLL_OVER
+from orpo_plugins.hooks import plugins
+from orpo_plugins.layouts.batches import STEP_STRATEGIES
 from orpo_plugins.objective import check_coefficients
-from orpo_plugins.data.pairs import TRAIN_ON, TRUNCATION_MODES
 
 AXOLOTL_KEYS = ("orpo_alpha",)
 """Keys beginning with `orpo_` that Axolotl itself has."""

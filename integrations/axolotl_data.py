@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
-from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.data.cache import tokenizer_identity
+from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.integrations.axolotl_arguments import is_ours
 from orpo_plugins.integrations.axolotl_wording import yaml_words
@@ -214,7 +214,7 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
         _tell_strings(name, report, template=_own_template(dataset) or cfg.chat_template)
     if strategy == "truncate":
         return pairs
-    return within(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
+    return drop_too_long(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
 
 
 def _check_format(dataset: Any, tokenizer: Any) -> None:
@@ -378,7 +378,7 @@ def _with_template(tokenizer: Any, dataset: Any) -> Any:
     return own
 
 
-def within(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder: bool = False) -> Any:
+def drop_too_long(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder: bool = False) -> Any:
     """The pairs of which both sequences fit; the others are dropped and counted, or the first of them is an error.
 
     With an encoder, prompts and answers have to fit each by itself.

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
+from orpo_plugins.data.encoder_decoder_pairs import encoded_alone
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.models.head import is_encoder_decoder
-from orpo_plugins.data.encoder_decoder_pairs import encoded_alone
 
 _EMBEDDINGS = ("embed", "wte", "lm_head")
 

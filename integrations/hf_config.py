@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from orpo_plugins.hooks import plugins
-from orpo_plugins.layouts.batches import check_batch_options
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.forward import NLL_OVER, ORPOOptions
+from orpo_plugins.hooks import plugins
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, todays_name, translate
+from orpo_plugins.layouts.batches import check_batch_options
 
 # transformers 5.18 and later call gradient checkpointing activation checkpointing, and keep the old name as an alias.
 _HAS_NEW_NAME = "activation_checkpointing" in TrainingArguments.__dataclass_fields__

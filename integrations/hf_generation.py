@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.data.collator import pad_token_id
-from orpo_plugins.models.head import is_encoder_decoder
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
+from orpo_plugins.models.head import is_encoder_decoder
 from orpo_plugins.targets import prompt_length
 
 logger = logging.getLogger(__name__)

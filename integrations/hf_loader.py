@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length, seed_worker
 
-from orpo_plugins.layouts.batches import PairBatches, check_batch_options
 from orpo_plugins.data.collator import ORPOCollator
-from orpo_plugins.errors import ConfigError
 from orpo_plugins.data.dataset import is_tokenized
 from orpo_plugins.data.tokenized_rows import COLUMNS
+from orpo_plugins.errors import ConfigError
+from orpo_plugins.layouts.batches import PairBatches, check_batch_options
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def pair_batches(trainer: Any) -> PairBatches | None:
     )
     _plan(batches, args)
     if limit is not None:
-        _tell(batches, trainer)
+        _log_plan(batches, trainer)
     return batches
 
 
@@ -154,7 +154,7 @@ def _plan(batches: PairBatches, args: Any) -> None:
     batches.plan(max(1, epochs))
 
 
-def _tell(batches: PairBatches, trainer: Any) -> None:
+def _log_plan(batches: PairBatches, trainer: Any) -> None:
     if getattr(trainer.args, "nll_normalization", "batch") == "microbatch" and batches.accumulation * batches.ranks > 1:
         logger.warning(
             "nll_normalization='microbatch' averages over batches, whose pairs max_tokens_per_batch=%d makes differ: "

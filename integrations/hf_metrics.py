@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.forward import Denominators, ORPOOptions
+from orpo_plugins.hooks import plugins
 from orpo_plugins.objective import ORPOOutput
 
 
@@ -16,9 +16,9 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, figures: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         """Adds one micro-batch: figure name -> (sum of values, number of values)."""
-        for name, (total, weight) in figures.items():
+        for name, (total, weight) in metrics.items():
             # fp32 on devices without fp64 (MPS); elsewhere fp64, so that a million small terms still add up.
             dtype = torch.float32 if total.device.type == "mps" else torch.float64
             total = total.to(dtype)
@@ -41,7 +41,7 @@ class MetricSums:
         }
 
 
-def figures_of(
+def metric_sums(
     output: ORPOOutput, options: ORPOOptions, totals: Denominators
 ) -> dict[str, tuple[Tensor, Tensor | float]]:
     """TRL's metric keys and ours for one micro-batch, each as (sum, weight).
@@ -61,12 +61,12 @@ def figures_of(
         "logps/rejected": rejected,
         "log_odds_chosen": output.log_odds_chosen.detach(),
         "log_odds_ratio": output.log_odds_ratio.detach(),
-        "answer_tokens/chosen": output.figures["chosen_lengths"],
-        "answer_tokens/rejected": output.figures["rejected_lengths"],
+        "answer_tokens/chosen": output.metrics["chosen_lengths"],
+        "answer_tokens/rejected": output.metrics["rejected_lengths"],
     }
     per_pair |= {metric.name: metric.compute(output).detach().float() for metric in plugins.metrics()}
-    rows = output.figures["weights"]
-    pairs = torch.where(output.figures["rejected_lengths"] > 0, rows, 0.0)
+    rows = output.metrics["weights"]
+    pairs = torch.where(output.metrics["rejected_lengths"] > 0, rows, 0.0)
     sums: dict[str, tuple[Tensor, Tensor | float]] = {}
     for name, values in per_pair.items():
         if values.shape == pairs.shape:
@@ -76,12 +76,12 @@ def figures_of(
             sums[name] = (values.sum(), float(values.numel()))
     nll = output.nll_loss.detach()
     if options.nll_normalization == "batch":
-        sums["nll_loss"] = (nll * totals.nll_tokens, output.figures["nll_tokens"])
+        sums["nll_loss"] = (nll * totals.nll_tokens, output.metrics["nll_tokens"])
     elif options.nll_normalization == "pair":
-        sums["nll_loss"] = (nll * totals.num_rows, rows.sum())
+        sums["nll_loss"] = (nll * totals.num_examples, rows.sum())
     else:
         sums["nll_loss"] = (nll, (rows.sum() > 0).float())
     for name, figure in (("logits/chosen", "chosen_logits"), ("logits/rejected", "rejected_logits"), ("aux_loss",) * 2):
-        if figure in output.figures:
-            sums[name] = (output.figures[figure], 1.0)
+        if figure in output.metrics:
+            sums[name] = (output.metrics[figure], 1.0)
     return sums

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import has_length
 
+from orpo_plugins.data.dataset import are_several, as_rows, is_tokenized
 from orpo_plugins.errors import ConfigError, ModelError
 from orpo_plugins.forward import (
     STEP_TOTALS,
@@ -23,25 +24,24 @@ from orpo_plugins.forward import (
     counts_of,
     forward_with_options,
     own_denominators,
-    predictions_of,
     router_coefficient,
-)
-from orpo_plugins.models.head import keep_four_bit_trainable
-from orpo_plugins.integrations.hf_run_start import (
-    BeforeTraining,
-    check_rows,
-    checked_layout,
-    tokens_of_a_batch,
-    tokens_of_an_epoch,
-    without_checkpointing,
+    targets_of,
 )
 from orpo_plugins.integrations.hf_changed_options import LOSS_OPTIONS, Option, changed, differences, values_at
-from orpo_plugins.integrations.hf_metrics import MetricSums, figures_of
 from orpo_plugins.integrations.hf_loader import check_batches, loader, pair_batches
+from orpo_plugins.integrations.hf_metrics import MetricSums, metric_sums
+from orpo_plugins.integrations.hf_run_start import (
+    BeforeTraining,
+    batch_cost,
+    check_rows,
+    checked_layout,
+    epoch_cost,
+    without_checkpointing,
+)
 from orpo_plugins.integrations.hf_search import checked_space, evaluation_loss
 from orpo_plugins.models.checks import check_trainable
+from orpo_plugins.models.head import keep_four_bit_trainable
 from orpo_plugins.objective import ORPOOutput
-from orpo_plugins.data.dataset import are_several, as_rows, is_tokenized
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class ORPOMethods:
         self._followed = values_at(self.args)
         self._announced = self._values()
         self._layout_is_checked = not layout_check
-        self._tokens_are_told = False
+        self._token_cost_is_logged = False
         self.add_callback(BeforeTraining(self))  # type: ignore[attr-defined]
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = self.nll_normalization != "microbatch"
         keep_four_bit_trainable(self.model)  # type: ignore[attr-defined]
@@ -256,8 +256,8 @@ class ORPOMethods:
                 )
             self._of_the_last_pass = batches
             return [], None
-        self.tell_tokens(batches[0])
-        counts = torch.stack([counts_of(predictions_of(batch)) for batch in batches]).sum(0).to(device)
+        self.log_token_cost(batches[0])
+        counts = torch.stack([counts_of(targets_of(batch)) for batch in batches]).sum(0).to(device)
         # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
         totals = self.accelerator.reduce(counts, reduction="mean")
         step = Denominators.of(totals)
@@ -273,7 +273,7 @@ class ORPOMethods:
         scaled = totals is None or self.nll_normalization != "microbatch"
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = scaled
         if totals is None:
-            num_items_in_batch = own_denominators(predictions_of(inputs)).nll_tokens
+            num_items_in_batch = own_denominators(targets_of(inputs)).nll_tokens
         # Out of the batch, since a compute_loss of the user's own may give all of it to the model.
         inputs = type(inputs)({key: value for key, value in inputs.items() if key != STEP_TOTALS})
         self._step_totals = totals
@@ -354,14 +354,14 @@ class ORPOMethods:
             checked_layout(self, model, batches_are_planned=batches_are_planned)
         self._layout_is_checked = True  # last: after an error, another call of train() must not go on unchecked
 
-    def tell_tokens(self, first_batch: dict[str, Any] | None = None) -> None:
+    def log_token_cost(self, first_batch: dict[str, Any] | None = None) -> None:
         """Says once, on the main process, what the layout costs: in an epoch, or in the first batch of it."""
-        if self._tokens_are_told or not self.is_world_process_zero():  # type: ignore[attr-defined]
+        if self._token_cost_is_logged or not self.is_world_process_zero():  # type: ignore[attr-defined]
             return
-        text = tokens_of_an_epoch(self) if first_batch is None else tokens_of_a_batch(self, first_batch)
+        text = epoch_cost(self) if first_batch is None else batch_cost(self, first_batch)
         if text is not None:
             logger.warning("%s", text)  # as loud as the line that says that ORPO is active
-        self._tokens_are_told = text is not None or first_batch is not None
+        self._token_cost_is_logged = text is not None or first_batch is not None
 
     def compute_loss(
         self,
@@ -379,18 +379,18 @@ class ORPOMethods:
         """One forward pass and its figures, summed under `split`, unless they are of a batch outside of the loop."""
         options = self.orpo_options
         step: Denominators | None = inputs.get(STEP_TOTALS, self._step_totals) if split == "train" else None
-        predictions = predictions_of(inputs)
-        pairs = predictions.num_pairs if split == "train" else self._pairs_of_the_set(predictions.num_pairs)
-        if pairs < predictions.num_pairs:
-            counted = predictions.sequences % predictions.num_pairs < pairs
-            weights = 1.0 if predictions.weights is None else predictions.weights
-            predictions = replace(predictions, weights=counted * weights)
-        totals = own_denominators(predictions)
+        targets = targets_of(inputs)
+        pairs = targets.num_pairs if split == "train" else self._pairs_of_the_set(targets.num_pairs)
+        if pairs < targets.num_pairs:
+            counted = targets.sequence_ids % targets.num_pairs < pairs
+            weights = 1.0 if targets.weights is None else targets.weights
+            targets = replace(targets, weights=counted * weights)
+        totals = own_denominators(targets)
         if step is not None and options.nll_normalization != "microbatch":
             totals = step
-        output = forward_with_options(model, inputs, options, predictions, totals)
+        output = forward_with_options(model, inputs, options, targets, totals)
         if step is not None or split == "eval":
-            self._sums[split].add(figures_of(output, options, totals))
+            self._sums[split].add(metric_sums(output, options, totals))
         return output
 
     def _pairs_of_the_set(self, num_pairs: int) -> int:
@@ -436,23 +436,23 @@ class ORPOMethods:
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        figures = sums.pop(self.accelerator)
+        metrics = sums.pop(self.accelerator)
         options = self.orpo_options
-        if figures and options.nll_normalization != "microbatch" and not options.loss_terms:
-            whole = figures["nll_loss"] - options.beta * figures["log_odds_ratio"]
-            output.metrics[f"{metric_key_prefix}_loss"] = whole + self._router_share(figures)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        if metrics and options.nll_normalization != "microbatch" and not options.loss_terms:
+            whole = metrics["nll_loss"] - options.beta * metrics["log_odds_ratio"]
+            output.metrics[f"{metric_key_prefix}_loss"] = whole + self._router_share(metrics)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def _router_share(self, figures: dict[str, float]) -> float:
-        return router_coefficient(self.model) * figures["aux_loss"] if "aux_loss" in figures else 0.0  # type: ignore[attr-defined]
+    def _router_share(self, metrics: dict[str, float]) -> float:
+        return router_coefficient(self.model) * metrics["aux_loss"] if "aux_loss" in metrics else 0.0  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last training log; evaluation brings its own."""
         if "loss" in logs:
-            figures = self._sums["train"].pop(self.accelerator)
-            self._check_finite(figures)
-            logs.update(figures)
+            metrics = self._sums["train"].pop(self.accelerator)
+            self._check_finite(metrics)
+            logs.update(metrics)
             self.announce_changes()
         super().log(logs, start_time)  # type: ignore[misc]
 
@@ -466,13 +466,13 @@ class ORPOMethods:
         self.accelerator.free_memory()
         getattr(super(), "end", self.accelerator.end_training)()
 
-    def _check_finite(self, figures: dict[str, float]) -> None:
+    def _check_finite(self, metrics: dict[str, float]) -> None:
         """Raises `ModelError` once the loss has become NaN or infinite, which `logging_nan_inf_filter` would hide.
 
         Looked at once per log, so that no micro-batch waits for the device.  Under fp16 it is only a warning: there the
         gradient scaler leaves out steps that overflow.
         """
-        bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if not bad:
             return
         shown = ", ".join(f"{name}={value}" for name, value in sorted(bad.items()))

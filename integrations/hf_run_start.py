@@ -17,17 +17,17 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.data.collator import ORPOCollator
+from orpo_plugins.data.dataset import is_tokenized
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.forward import check_vocabulary
-from orpo_plugins.models.head import in_mode, is_encoder_decoder
-from orpo_plugins.integrations.hf_loader import epoch_tokens, sizes
+from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.integrations.hf_loader import epoch_tokens, sizes
 from orpo_plugins.layouts.check import check_layout
-from orpo_plugins.models.checks import Examined, examine, too_few_positions
 from orpo_plugins.layouts.one_row import SPANS
-from orpo_plugins.data.dataset import is_tokenized
+from orpo_plugins.models.checks import Examined, examine, too_few_positions
+from orpo_plugins.models.head import in_mode, is_encoder_decoder
 from orpo_plugins.models.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class BeforeTraining(TrainerCallback):
         """Called by the Trainer between wrapping the model and the first batch."""
         self.trainer.begin_run()
         self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
-        self.trainer.tell_tokens()
+        self.trainer.log_token_cost()
         log_example(self.trainer)
 
 
@@ -137,8 +137,8 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
     def on_any_rank(value: bool) -> bool:
         if trainer.accelerator.num_processes == 1:
             return value
-        told = torch.tensor(float(value), device=trainer.accelerator.device)
-        return bool(trainer.accelerator.reduce(told, reduction="sum") > 0)
+        flag = torch.tensor(float(value), device=trainer.accelerator.device)
+        return bool(trainer.accelerator.reduce(flag, reduction="sum") > 0)
 
     pairs = _first_pairs(trainer.train_dataset, collator)
     if on_any_rank(not pairs):
@@ -215,7 +215,7 @@ def log_example(trainer: Any) -> None:
 _COUNTED = ("padded", "packed", "shared")
 
 
-def tokens_of_an_epoch(trainer: Any) -> str | None:
+def epoch_cost(trainer: Any) -> str | None:
     """What an epoch costs, in words; None where no length is known beforehand."""
     layout = _layout_name(trainer)
     counts = epoch_tokens(trainer) if layout in _COUNTED else None
@@ -227,7 +227,7 @@ def tokens_of_an_epoch(trainer: Any) -> str | None:
     return f"{text}, {counts.padded:,} as padded in batches of {trainer._train_batch_size} pairs"
 
 
-def tokens_of_a_batch(trainer: Any, batch: dict[str, Any]) -> str | None:
+def batch_cost(trainer: Any, batch: dict[str, Any]) -> str | None:
     """What a batch costs, in words, for rows that are tokenized on the way; reads no tensor's values."""
     layout, ids, spans = _layout_name(trainer), batch.get("input_ids"), batch.get(SPANS)
     if layout not in _COUNTED or ids is None:

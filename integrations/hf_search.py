@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.integrations.hf_legacy_arguments import RENAMED
 from orpo_plugins.integrations.hf_changed_options import LOSS_OPTIONS
+from orpo_plugins.integrations.hf_legacy_arguments import RENAMED
 
 
 def checked_space(space: Callable[[Any], dict[str, Any]], args: Any) -> Callable[[Any], dict[str, Any]]:

@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import Trainer
 
 from orpo_plugins.data.collator import ORPOCollator
+from orpo_plugins.data.dataset import prepare_dataset
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.forward import Denominators, ORPOOptions, counts_of, nll_weights, pair_loss
-from orpo_plugins.models.head import logits_of
+from orpo_plugins.hooks.types import Objective
 from orpo_plugins.integrations.hf_changed_options import Option
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
-from orpo_plugins.hooks.types import Objective
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.models.checks import check_gradient
-from orpo_plugins.targets import IN_DECODER, Predictions, width_of
-from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.models.head import logits_of
+from orpo_plugins.targets import IN_DECODER, Targets, width_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ORPOLoss:
 
     def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
         self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
-        self._told = False
+        self._warned = False
         self._checked = False
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
@@ -73,29 +73,29 @@ class ORPOLoss:
                 "the batch is packed into one row, whose attention needs more than a loss function: "
                 "call fuse_head(trainer), or use ORPOCollator(..., layout='padded')"
             )
-        predictions = Predictions.from_table(labels, logits.shape[0] // 2)
+        targets = Targets.from_table(labels, logits.shape[0] // 2)
         if not self._checked:
             _check_model(outputs, labels)
             self._checked = True
         _check_positions(logits, labels)
         if num_items_in_batch is not None and torch.is_grad_enabled():  # a Trainer's training step
             check_gradient(logits)
-        own_tokens = predictions.in_nll.sum().clamp(min=1).float()
+        own_tokens = targets.in_nll.sum().clamp(min=1).float()
         tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
         tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)
-        if not self._told and bool(tokens > own_tokens):
-            self._told = True
+        if not self._warned and bool(tokens > own_tokens):
+            self._warned = True
             logger.warning(
                 "a step has several micro-batches: their odds-ratio terms are weighted by tokens; "
                 "call orpo_plugins.fuse_head(trainer) for exact pair weights"
             )
         # The Trainer counts tokens without weights, so the step's weighted count is estimated from this micro-batch.
-        totals = Denominators.of(counts_of(predictions) * (tokens / own_tokens))
+        totals = Denominators.of(counts_of(targets) * (tokens / own_tokens))
         objective = Objective(
-            nll_weights=nll_weights(predictions, self.options, totals),
-            pair_loss=functools.partial(pair_loss, options=self.options, predictions=predictions, totals=totals),
+            nll_weights=nll_weights(targets, self.options, totals),
+            pair_loss=functools.partial(pair_loss, options=self.options, targets=targets, totals=totals),
         )
-        return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective).loss
+        return objective_of_logits(logits.flatten(0, -2)[targets.positions], targets, objective).loss
 
 
 def _check_model(outputs: Any, labels: Tensor) -> None:

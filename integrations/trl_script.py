@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import ConfigError, ORPOError
-from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, translate
+from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Method
+from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, translate
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 

@@ -37,14 +37,14 @@ from orpo_plugins.kernels.scan import scan
 from orpo_plugins.kernels.tile_steps import EagerSteps, TileSteps, Transform
 from orpo_plugins.kernels.tiling import Tiling
 from orpo_plugins.kernels.weight_gradient import WeightGradient
-from orpo_plugins.targets import Predictions
+from orpo_plugins.targets import Targets
 
 
 def tiled_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    predictions: Predictions,
+    targets: Targets,
     objective: Objective,
     options: HeadOptions,
     *,
@@ -62,7 +62,7 @@ def tiled_head(
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, logps, means = cast(
         tuple[Tensor, Tensor, Tensor, Tensor | None],
-        _TiledHead.apply(hidden, weight, bias, predictions, objective, options, steps()),  # type: ignore[no-untyped-call]
+        _TiledHead.apply(hidden, weight, bias, targets, objective, options, steps()),  # type: ignore[no-untyped-call]
     )
     return HeadResult(loss=loss, nll_loss=nll, logps=logps, logit_means=means)
 
@@ -106,7 +106,7 @@ class _TiledHead(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        predictions: Predictions,
+        targets: Targets,
         objective: Objective,
         options: HeadOptions,
         steps: TileSteps,
@@ -114,15 +114,15 @@ class _TiledHead(torch.autograd.Function):
         need_hidden, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
         trainable = need_weight or need_bias
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
-            tiling = Tiling.plan(len(predictions.rows), weight, options, trainable=trainable, widens=steps.widens)
-            gradient = HiddenGradient.of(hidden, predictions.rows, options) if need_hidden else None
+            tiling = Tiling.plan(len(targets.positions), weight, options, trainable=trainable, widens=steps.widens)
+            gradient = HiddenGradient.of(hidden, targets.positions, options) if need_hidden else None
             order = None if gradient is None else gradient.order
-            rows, tokens = reordered(predictions.rows, order), reordered(predictions.tokens, order)
+            rows, tokens = reordered(targets.positions, order), reordered(targets.token_ids, order)
             inputs = Operands(hidden, weight, bias, rows, tokens, Transform.of(options), tiling, steps)
             found = scan(inputs, gradient, need_means=options.logit_means, need_weight=trainable)
             logit_means = None if found.logit_means is None else in_table_order(found.logit_means, order)
             loss, nll, means, w = differentiate(
-                in_table_order(found.logps, order), predictions, objective, need_w=any(needs)
+                in_table_order(found.logps, order), targets, objective, need_w=any(needs)
             )
             w, ctx.unit = in_safe_unit(reordered(w, order), hidden.dtype)
             d_hidden = None if gradient is None else gradient.finish(w * inputs.transform.derivative, tiling.piece)
@@ -161,12 +161,12 @@ def in_table_order(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 def differentiate(
-    logps: Tensor, predictions: Predictions, objective: Objective, *, need_w: bool
+    logps: Tensor, targets: Targets, objective: Objective, *, need_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, NLL, mean log-probabilities [2B], w = d loss / d logp [N]), all detached; w is zero if not needed."""
     with torch.set_grad_enabled(need_w):
         leaf = logps.detach().requires_grad_(need_w)
-        loss, nll, means = combine(leaf, predictions, objective)
+        loss, nll, means = combine(leaf, targets, objective)
         w = torch.autograd.grad(loss, leaf)[0] if need_w else torch.zeros_like(logps)
     return loss.detach(), nll.detach(), means.detach(), w
 

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import BatchError
+from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.kernels.linear import check_labels
 from orpo_plugins.objective import log_odds, odds_ratio_loss
-from orpo_plugins.targets import Predictions
+from orpo_plugins.targets import Targets
 
 
 class FusedLinearORPOLoss(nn.Module):
@@ -68,14 +68,14 @@ class FusedLinearORPOLoss(nn.Module):
         """
         self._check(lin_weight, _input, target, nll_target)
         pairs = target.shape[0] // 2
-        predictions = self._predictions(target, target[:pairs] if nll_target is None else nll_target[:pairs])
-        check_labels(predictions, target.shape[1], lin_weight.shape[0])
+        targets = self._predictions(target, target[:pairs] if nll_target is None else nll_target[:pairs])
+        check_labels(targets, target.shape[1], lin_weight.shape[0])
         result = plugins.kernel("auto", _input.device).compute(
-            _input.flatten(0, 1), lin_weight, bias, predictions, self._objective(predictions), HeadOptions()
+            _input.flatten(0, 1), lin_weight, bias, targets, self._objective(targets), HeadOptions()
         )
         chosen, rejected = result.logps.view(2, -1)
         odds = log_odds(chosen, rejected)
-        figures = (
+        metrics = (
             chosen,
             rejected,
             *_logit_means(_input, lin_weight, bias),
@@ -85,16 +85,16 @@ class FusedLinearORPOLoss(nn.Module):
             F.logsigmoid(odds).mean(),
             odds.mean(),
         )
-        return result.loss, figures
+        return result.loss, metrics
 
-    def _objective(self, predictions: Predictions) -> Objective:
-        in_nll = predictions.in_nll.float()
+    def _objective(self, targets: Targets) -> Objective:
+        in_nll = targets.in_nll.float()
         return Objective(
             nll_weights=in_nll / in_nll.sum().clamp(min=1),
             pair_loss=lambda pairs: odds_ratio_loss(pairs, beta=self.beta, odds_temperature=1.0).mean(),
         )
 
-    def _predictions(self, target: Tensor, nll_target: Tensor) -> Predictions:
+    def _predictions(self, target: Tensor, nll_target: Tensor) -> Targets:
         """The table; unlike `linear_orpo_loss`, liger-kernel lets the NLL ask a position for another token."""
         pairs, length = target.shape[0] // 2, target.shape[1]
         nll = torch.full_like(target, self.ignore_index)
@@ -106,10 +106,10 @@ class FusedLinearORPOLoss(nn.Module):
         tokens = torch.stack([target, alone], dim=1)[order]  # [2B, 2, T], pair by pair
         sequence, kind, position = (tokens != self.ignore_index).nonzero(as_tuple=True)
         tokens, sequence = tokens[sequence, kind, position], order[sequence]
-        return Predictions(
-            rows=sequence * length + position,
-            tokens=tokens,
-            sequences=sequence,
+        return Targets(
+            positions=sequence * length + position,
+            token_ids=tokens,
+            sequence_ids=sequence,
             in_answer=kind == 0,
             in_nll=(kind == 1) | (agreed != self.ignore_index)[sequence, position],
             num_pairs=pairs,

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
-from orpo_plugins.targets import IGNORE_INDEX, Predictions
+from orpo_plugins.targets import IGNORE_INDEX, Targets
 
 
 def linear_orpo_loss(
@@ -74,28 +74,28 @@ def linear_orpo_loss(
     _check_options(softcap, logit_scale, memory_budget)
     _check_shapes(hidden, weight, labels, nll_labels, bias)
     chosen_kernel = plugins.kernel(kernel, hidden.device)
-    predictions = Predictions.from_labels(labels, nll_labels, ignore_index)
-    check_labels(predictions, labels.shape[1], weight.shape[0])
+    targets = Targets.from_labels(labels, nll_labels, ignore_index)
+    check_labels(targets, labels.shape[1], weight.shape[0])
     rows = hidden.flatten(0, 1)
-    _check_finite(rows, predictions, labels.shape[1])
+    _check_finite(rows, targets, labels.shape[1])
 
-    counted = predictions.in_nll.sum()
+    counted = targets.in_nll.sum()
     per_pair = pair_loss or functools.partial(odds_ratio_loss, beta=beta, odds_temperature=odds_temperature)
     objective = Objective(
-        nll_weights=predictions.in_nll.float() / (counted.clamp(min=1) if nll_tokens is None else nll_tokens),
+        nll_weights=targets.in_nll.float() / (counted.clamp(min=1) if nll_tokens is None else nll_tokens),
         pair_loss=lambda pairs: (
-            _summed(per_pair(pairs), pairs) / (predictions.num_pairs if num_pairs is None else num_pairs)
+            _summed(per_pair(pairs), pairs) / (targets.num_pairs if num_pairs is None else num_pairs)
         ),
     )
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, memory_budget=memory_budget)
-    result = chosen_kernel.compute(rows, weight, bias, predictions, objective, options)
-    lengths = predictions.answer_lengths().view(2, -1)
+    result = chosen_kernel.compute(rows, weight, bias, targets, objective, options)
+    lengths = targets.answer_lengths().view(2, -1)
     return output_of(
         loss=result.loss,
         nll_loss=result.nll_loss,
         logps=result.logps,
         odds_temperature=odds_temperature,
-        figures={"chosen_lengths": lengths[0], "rejected_lengths": lengths[1], "nll_tokens": counted},
+        metrics={"chosen_lengths": lengths[0], "rejected_lengths": lengths[1], "nll_tokens": counted},
     )
 
 
@@ -151,37 +151,37 @@ def _check_shapes(
             raise BatchError(f"{name} has dtype {indices.dtype}: token ids must be torch.int64")
 
 
-def check_labels(predictions: Predictions, length: int, vocabulary: int) -> None:
+def check_labels(targets: Targets, length: int, vocabulary: int) -> None:
     """Raises `BatchError` for a token outside of 0..vocabulary-1 and for an answer without a token."""
-    outside = (predictions.tokens < 0) | (predictions.tokens >= vocabulary)
-    empty = predictions.answer_lengths() == 0
+    outside = (targets.token_ids < 0) | (targets.token_ids >= vocabulary)
+    empty = targets.answer_lengths() == 0
     if not bool(outside.any() | empty.any()):
         return
     if bool(outside.any()):
-        line = int(outside.nonzero()[0])
-        row, position = divmod(int(predictions.rows[line]), length)
+        target = int(outside.nonzero()[0])
+        row, position = divmod(int(targets.positions[target]), length)
         raise BatchError(
-            f"the label at [{row}, {position}] is {int(predictions.tokens[line])}, outside 0..{vocabulary - 1}: "
+            f"the label at [{row}, {position}] is {int(targets.token_ids[target])}, outside 0..{vocabulary - 1}: "
             "mark positions without a label with ignore_index, or use the tokenizer that belongs to the weight"
         )
     row = int(empty.nonzero()[0])
-    side = "chosen" if row < predictions.num_pairs else "rejected"
+    side = "chosen" if row < targets.num_pairs else "rejected"
     raise BatchError(
-        f"row {row} ({side} answer of pair {row % predictions.num_pairs}) has no label: its mean log-probability "
+        f"row {row} ({side} answer of pair {row % targets.num_pairs}) has no label: its mean log-probability "
         "is undefined. Drop the pair"
     )
 
 
-def _check_finite(hidden: Tensor, predictions: Predictions, length: int) -> None:
+def _check_finite(hidden: Tensor, targets: Targets, length: int) -> None:
     # On other devices the answer would have to be waited for; there the loss comes out non-finite.  The extremes come
     # first, because to ask all positions takes memory.
     if hidden.device.type != "cpu" or not hidden.numel() or all(x.isfinite() for x in hidden.detach().aminmax()):
         return
-    finite = torch.isfinite(hidden.detach()).all(1)[predictions.rows]
+    finite = torch.isfinite(hidden.detach()).all(1)[targets.positions]
     if bool(finite.all()):
         return
-    line = int((~finite).nonzero()[0])
-    row, position = divmod(int(predictions.rows[line]), length)
+    target = int((~finite).nonzero()[0])
+    row, position = divmod(int(targets.positions[target]), length)
     raise BatchError(
         f"hidden[{row}, {position}] contains NaN or infinity: look for an overflow in the model "
         "(fp16 without loss scaling, a learning rate too high) before this step"

@@ -10,7 +10,7 @@ from torch import Tensor
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.objective import PairLogps, at_least_fp32
-from orpo_plugins.targets import Predictions
+from orpo_plugins.targets import Targets
 
 
 @hookimpl
@@ -23,14 +23,14 @@ def reference_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    predictions: Predictions,
+    targets: Targets,
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
     """See `KernelFunction`; the arithmetic in one place."""
-    hidden = hidden.index_select(0, predictions.rows)
+    hidden = hidden.index_select(0, targets.positions)
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-    return objective_of_logits(transform_logits(logits, options), predictions, objective)
+    return objective_of_logits(transform_logits(logits, options), targets, objective)
 
 
 def transform_logits(logits: Tensor, options: HeadOptions) -> Tensor:
@@ -41,20 +41,20 @@ def transform_logits(logits: Tensor, options: HeadOptions) -> Tensor:
     return options.softcap * (logits / options.softcap).tanh()
 
 
-def objective_of_logits(logits: Tensor, predictions: Predictions, objective: Objective) -> HeadResult:
-    """The objective from final logits [N, V], one row per line of `predictions`."""
-    logps = at_least_fp32(logits).log_softmax(-1).gather(-1, predictions.tokens[:, None])[:, 0]
-    loss, nll, means = combine(logps, predictions, objective)
+def objective_of_logits(logits: Tensor, targets: Targets, objective: Objective) -> HeadResult:
+    """The objective from final logits [N, V], one row per target of `targets`."""
+    logps = at_least_fp32(logits).log_softmax(-1).gather(-1, targets.token_ids[:, None])[:, 0]
+    loss, nll, means = combine(logps, targets, objective)
     return HeadResult(
         loss=loss, nll_loss=nll.detach(), logps=means.detach(), logit_means=at_least_fp32(logits.detach()).mean(-1)
     )
 
 
-def combine(logps: Tensor, predictions: Predictions, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, NLL, mean log-probabilities [2B]) from per-line log-probabilities [N]; differentiable in `logps`."""
-    lengths = predictions.answer_lengths()
+def combine(logps: Tensor, targets: Targets, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, NLL, mean log-probabilities [2B]) from per-target log-probabilities [N]; differentiable in `logps`."""
+    lengths = targets.answer_lengths()
     # Nothing over nothing, where a pair has no rejected answer, must not become NaN: it would get into the gradient.
-    means = predictions.sum_by_sequence(logps * predictions.in_answer) / lengths.clamp(min=1)
+    means = targets.sum_by_sequence(logps * targets.in_answer) / lengths.clamp(min=1)
     widest = logps.dtype if logps.device.type == "mps" else torch.float64  # which has no fp64
     nll = -(objective.nll_weights * logps).sum(dtype=widest).to(logps.dtype)
     (chosen, rejected), (chosen_lengths, rejected_lengths) = means.view(2, -1), lengths.view(2, -1)

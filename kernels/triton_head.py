@@ -9,7 +9,7 @@ from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.kernels.chunked import tiled_head
 from orpo_plugins.kernels.tile_steps import EagerSteps
-from orpo_plugins.targets import Predictions
+from orpo_plugins.targets import Targets
 
 
 @hookimpl
@@ -33,7 +33,7 @@ def triton_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    predictions: Predictions,
+    targets: Targets,
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
@@ -42,7 +42,7 @@ def triton_head(
 
     steps = EagerSteps if hidden.dtype == torch.float64 else TritonSteps
     with _on(hidden.device):
-        return tiled_head(hidden, weight, bias, predictions, objective, options, steps=steps)
+        return tiled_head(hidden, weight, bias, targets, objective, options, steps=steps)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from orpo_plugins.data.chat_format import setup_chat_format as setup_chat_format
     from orpo_plugins.data.collator import ORPOCollator as ORPOCollator
     from orpo_plugins.forward import orpo_forward as orpo_forward
+    from orpo_plugins.hooks.plugins import get_plugin_manager as get_plugin_manager
     from orpo_plugins.hooks.specs import hookimpl as hookimpl
     from orpo_plugins.integrations.axolotl_plugin import ORPOPlugin as ORPOPlugin
     from orpo_plugins.integrations.hf_config import ORPOConfig as ORPOConfig
-    from orpo_plugins.integrations.hf_trainer import ORPOTrainer as ORPOTrainer
     from orpo_plugins.integrations.hf_stock_trainer import ORPOLoss as ORPOLoss
     from orpo_plugins.integrations.hf_stock_trainer import fuse_head as fuse_head
+    from orpo_plugins.integrations.hf_trainer import ORPOTrainer as ORPOTrainer
     from orpo_plugins.kernels.liger_compatible import FusedLinearORPOLoss as FusedLinearORPOLoss
     from orpo_plugins.kernels.linear import linear_orpo_loss as linear_orpo_loss
     from orpo_plugins.objective import orpo_loss as orpo_loss
-    from orpo_plugins.hooks.plugins import get_plugin_manager as get_plugin_manager
 
 
 def __getattr__(name: str) -> Any:

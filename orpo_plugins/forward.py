@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Layout, Objective
+from orpo_plugins.kernels.reference import objective_of_logits
+from orpo_plugins.models.checks import check_gradient, check_model
 from orpo_plugins.models.head import (
     attention_implementation,
     config_of,
@@ -30,12 +33,9 @@ from orpo_plugins.models.head import (
     text_config_of,
     unwrap_model,
 )
-from orpo_plugins.hooks.types import HeadOptions, HeadResult, Layout, Objective
-from orpo_plugins.kernels.reference import objective_of_logits
-from orpo_plugins.models.checks import check_gradient, check_model
-from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
-from orpo_plugins.targets import CUT, IGNORE_INDEX, Predictions
 from orpo_plugins.models.virtual_tokens import own_positions
+from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
+from orpo_plugins.targets import CUT, IGNORE_INDEX, Targets
 
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
@@ -83,22 +83,22 @@ class Denominators:
     """NLL tokens of the whole optimizer step, all micro-batches and ranks, divided by the number of ranks."""
     num_pairs: Tensor | float
     """Pairs with a rejected answer, counted in the same way."""
-    num_rows: Tensor | float
+    num_examples: Tensor | float
     """All pairs, those without a rejected answer too."""
 
     @classmethod
     def of(cls, counts: Tensor) -> "Denominators":
         """From the sum of `counts_of` over micro-batches; what there is none of is divided by 1."""
         tokens, pairs, rows = torch.where(counts > 0, counts, 1.0).unbind()
-        return cls(nll_tokens=tokens, num_pairs=pairs, num_rows=rows)
+        return cls(nll_tokens=tokens, num_pairs=pairs, num_examples=rows)
 
 
-def counts_of(predictions: Predictions) -> Tensor:
+def counts_of(targets: Targets) -> Tensor:
     """fp32 [3]: NLL tokens, pairs with a rejected answer, and all pairs of one micro-batch, each times its weight."""
-    in_nll = predictions.in_nll.float()
-    tokens = in_nll if predictions.weights is None else in_nll * predictions.weights
-    weights = predictions.pair_weights()
-    paired = predictions.answer_lengths()[predictions.num_pairs :] > 0
+    in_nll = targets.in_nll.float()
+    tokens = in_nll if targets.weights is None else in_nll * targets.weights
+    weights = targets.pair_weights()
+    paired = targets.answer_lengths()[targets.num_pairs :] > 0
     return torch.stack([tokens.sum(), (weights * paired).sum(), weights.sum()])
 
 
@@ -113,7 +113,7 @@ def orpo_forward(
     loss_terms: Mapping[str, float] | None = None,
     nll_tokens: Tensor | float | None = None,
     num_pairs: Tensor | float | None = None,
-    num_rows: Tensor | float | None = None,
+    num_examples: Tensor | float | None = None,
     memory_budget: int | None = None,
 ) -> ORPOOutput:
     """Runs `model` on a batch of `ORPOCollator` with a fused head and returns the objective.
@@ -160,50 +160,50 @@ def orpo_forward(
         loss_terms=loss_terms or {},
         memory_budget=memory_budget,
     )
-    predictions = predictions_of(batch)
-    own = own_denominators(predictions)
+    targets = targets_of(batch)
+    own = own_denominators(targets)
     totals = Denominators(
         nll_tokens=own.nll_tokens if nll_tokens is None else nll_tokens,
         num_pairs=own.num_pairs if num_pairs is None else num_pairs,
-        num_rows=num_rows if num_rows is not None else own.num_rows if num_pairs is None else num_pairs,
+        num_examples=num_examples if num_examples is not None else own.num_examples if num_pairs is None else num_pairs,
     )
-    return forward_with_options(model, batch, options, predictions, totals)
+    return forward_with_options(model, batch, options, targets, totals)
 
 
-def predictions_of(batch: Mapping[str, Any]) -> Predictions:
+def targets_of(batch: Mapping[str, Any]) -> Targets:
     """The prediction table of a batch; `BatchError` where it was not made by `ORPOCollator`."""
     if not isinstance(batch.get("labels"), Tensor) or not isinstance(batch.get("shift_labels"), Tensor):
         raise BatchError(
             f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels"
         )
-    labels, targets = batch["labels"], batch["shift_labels"]
-    predictions = Predictions.from_table(labels, targets.shape[0] // 2)
+    labels, nll_targets = batch["labels"], batch["shift_labels"]
+    targets = Targets.from_table(labels, nll_targets.shape[0] // 2)
     # Whoever cuts batches makes all tensors as long as the first; only then are values looked at, which a device
     # has to be waited for.
-    if labels.shape[0] == batch["input_ids"].shape[0] and predictions.in_nll.sum() != (targets != IGNORE_INDEX).sum():
+    if labels.shape[0] == batch["input_ids"].shape[0] and targets.in_nll.sum() != (nll_targets != IGNORE_INDEX).sum():
         raise BatchError(CUT)
-    return predictions
+    return targets
 
 
-def own_denominators(predictions: Predictions) -> Denominators:
+def own_denominators(targets: Targets) -> Denominators:
     """The counts of one micro-batch by itself."""
-    return Denominators.of(counts_of(predictions))
+    return Denominators.of(counts_of(targets))
 
 
 def forward_with_options(
     model: nn.Module,
     batch: Mapping[str, Any],
     options: ORPOOptions,
-    predictions: Predictions,
+    targets: Targets,
     totals: Denominators,
 ) -> ORPOOutput:
     """`orpo_forward` with everything decided: what adapters call."""
     objective = Objective(
-        nll_weights=nll_weights(predictions, options, totals),
-        pair_loss=functools.partial(pair_loss, options=options, predictions=predictions, totals=totals),
+        nll_weights=nll_weights(targets, options, totals),
+        pair_loss=functools.partial(pair_loss, options=options, targets=targets, totals=totals),
     )
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
-    check_vocabulary(model, inputs["input_ids"], predictions.tokens)
+    check_vocabulary(model, inputs["input_ids"], targets.token_ids)
     layout = layout_of(inputs)
     inputs = inputs if layout is None else layout.model_inputs(model, inputs)
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
@@ -219,10 +219,10 @@ def forward_with_options(
     if run is run_fused:
         head_options(model, inputs["input_ids"], row_numbers(inputs))
     with nullcontext() if layout is None else layout.forward_context(model):
-        result, outputs, logit_means = run(model, inputs, predictions, objective, options)
+        result, outputs, logit_means = run(model, inputs, targets, objective, options)
     if model.training and torch.is_grad_enabled():
         check_gradient(result.loss, model)
-    return add_router_loss(describe(result, predictions, options, logit_means), outputs, model, predictions, totals)
+    return add_router_loss(make_output(result, targets, options, logit_means), outputs, model, targets, totals)
 
 
 def check_vocabulary(model: nn.Module, *tokens: Tensor) -> None:
@@ -263,19 +263,19 @@ def check_support(model: nn.Module, layout: Layout) -> None:
     supported.add(asked)
 
 
-def nll_weights(predictions: Predictions, options: ORPOOptions, totals: Denominators) -> Tensor:
-    """fp32 [N]: what each line's NLL weighs in the loss."""
-    in_nll = predictions.in_nll.float()
-    weighted = in_nll if predictions.weights is None else in_nll * predictions.weights
+def nll_weights(targets: Targets, options: ORPOOptions, totals: Denominators) -> Tensor:
+    """fp32 [N]: what each target's NLL weighs in the loss."""
+    in_nll = targets.in_nll.float()
+    weighted = in_nll if targets.weights is None else in_nll * targets.weights
     if options.nll_normalization == "pair":
-        per_sequence = predictions.sum_by_sequence(in_nll).clamp(min=1)
-        return weighted / (per_sequence[predictions.sequences] * totals.num_rows)
+        per_sequence = targets.sum_by_sequence(in_nll).clamp(min=1)
+        return weighted / (per_sequence[targets.sequence_ids] * totals.num_examples)
     return weighted / totals.nll_tokens
 
 
-def pair_loss(pairs: PairLogps, *, options: ORPOOptions, predictions: Predictions, totals: Denominators) -> Tensor:
+def pair_loss(pairs: PairLogps, *, options: ORPOOptions, targets: Targets, totals: Denominators) -> Tensor:
     """The odds-ratio term and the selected plugin terms, summed over pairs by weight and divided by `num_pairs`."""
-    margins = predictions.pair_margins()
+    margins = targets.pair_margins()
     paired = pairs.rejected_lengths > 0
     pairs = stand_ins(pairs, paired)
     per_pair = odds_ratio_loss(
@@ -286,7 +286,7 @@ def pair_loss(pairs: PairLogps, *, options: ORPOOptions, predictions: Prediction
     )
     for name, weight in options.loss_terms.items():
         per_pair = per_pair + weight * plugins.loss_term(name).compute(pairs)
-    return (per_pair * paired * predictions.pair_weights()).sum() / totals.num_pairs
+    return (per_pair * paired * targets.pair_weights()).sum() / totals.num_pairs
 
 
 def stand_ins(pairs: PairLogps, paired: Tensor) -> PairLogps:
@@ -306,7 +306,7 @@ Run = tuple[HeadResult, Any, Tensor | None]
 
 
 def run_reference(
-    model: nn.Module, inputs: Mapping[str, Any], predictions: Predictions, objective: Objective, options: ORPOOptions
+    model: nn.Module, inputs: Mapping[str, Any], targets: Targets, objective: Objective, options: ORPOOptions
 ) -> Run:
     """The model's own logits, whatever it does to them."""
     output_head(model)
@@ -314,12 +314,12 @@ def run_reference(
     logits = own_positions(logits_of(outputs), model, inputs)
     means = None
     if options.logit_means:
-        means = _by_side(logits.detach().float().mean(-1), predictions, inputs)
-    return objective_of_logits(logits.flatten(0, -2)[predictions.rows], predictions, objective), outputs, means
+        means = _by_side(logits.detach().float().mean(-1), targets, inputs)
+    return objective_of_logits(logits.flatten(0, -2)[targets.positions], targets, objective), outputs, means
 
 
 def run_fused(
-    model: nn.Module, inputs: Mapping[str, Any], predictions: Predictions, objective: Objective, options: ORPOOptions
+    model: nn.Module, inputs: Mapping[str, Any], targets: Targets, objective: Objective, options: ORPOOptions
 ) -> Run:
     """The kernel in the place of `lm_head`."""
     transform = head_options(model, inputs["input_ids"])
@@ -334,12 +334,12 @@ def run_fused(
         if final_bias is not None:
             bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
         hidden = own_positions(hidden, model, inputs)
-        result = kernel.compute(hidden.flatten(0, -2), weight, bias, predictions, objective, transform)
+        result = kernel.compute(hidden.flatten(0, -2), weight, bias, targets, objective, transform)
         means = None
         if options.logit_means and result.logit_means is not None:
-            means = _by_side_lines(result.logit_means, predictions)
+            means = _by_side_of_targets(result.logit_means, targets)
         elif options.logit_means:
-            means = _by_side(_linear_means(hidden, weight, bias, transform), predictions, inputs)
+            means = _by_side(_linear_means(hidden, weight, bias, transform), targets, inputs)
         computed.append((result, means))
         return result.loss.reshape(1, 1, 1)
 
@@ -365,49 +365,47 @@ def _linear_means(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform
     return (hidden.detach().float() @ mean_row + offset) * transform.logit_scale
 
 
-def _by_side(means: Tensor, predictions: Predictions, inputs: Mapping[str, Any]) -> Tensor:
+def _by_side(means: Tensor, targets: Targets, inputs: Mapping[str, Any]) -> Tensor:
     """[2]: mean over the chosen and over the rejected rows, as TRL has it.
 
     Padding counts, and the last row of a sequence does not; a decoder with an encoder has no such row.
     """
-    if means.shape[0] == 2 * predictions.num_pairs:
+    if means.shape[0] == 2 * targets.num_pairs:
         last = None if "decoder_input_ids" in inputs else -1
         return means[:, :last].reshape(2, -1).mean(1)
-    return _by_side_lines(means.flatten()[predictions.rows], predictions)
+    return _by_side_of_targets(means.flatten()[targets.positions], targets)
 
 
-def _by_side_lines(means: Tensor, predictions: Predictions) -> Tensor:
-    """[2]: the same over the lines of the table, for layouts without padding."""
-    rejected = (predictions.sequences >= predictions.num_pairs).float()
+def _by_side_of_targets(means: Tensor, targets: Targets) -> Tensor:
+    """[2]: the same over the targets of the table, for layouts without padding."""
+    rejected = (targets.sequence_ids >= targets.num_pairs).float()
     sides = torch.stack([1.0 - rejected, rejected])
     return (sides @ means) / sides.sum(1).clamp(min=1)
 
 
-def describe(
-    result: HeadResult, predictions: Predictions, options: ORPOOptions, logit_means: Tensor | None
-) -> ORPOOutput:
+def make_output(result: HeadResult, targets: Targets, options: ORPOOptions, logit_means: Tensor | None) -> ORPOOutput:
     """The figures of a head's result."""
-    lengths, margins = predictions.answer_lengths().view(2, -1), predictions.pair_margins()
-    figures = {
+    lengths, margins = targets.answer_lengths().view(2, -1), targets.pair_margins()
+    metrics = {
         "chosen_lengths": lengths[0],
         "rejected_lengths": lengths[1],
-        "weights": predictions.pair_weights(),
-        "nll_tokens": counts_of(predictions)[0],
+        "weights": targets.pair_weights(),
+        "nll_tokens": counts_of(targets)[0],
     }
     if logit_means is not None:
-        figures |= {"chosen_logits": logit_means[0], "rejected_logits": logit_means[1]}
+        metrics |= {"chosen_logits": logit_means[0], "rejected_logits": logit_means[1]}
     return output_of(
         loss=result.loss,
         nll_loss=result.nll_loss,
         logps=torch.where(lengths.flatten() > 0, result.logps, torch.nan),
         odds_temperature=options.odds_temperature,
         margins=0.0 if margins is None else margins,
-        figures=figures,
+        metrics=metrics,
     )
 
 
 def add_router_loss(
-    output: ORPOOutput, outputs: Any, model: nn.Module, predictions: Predictions, totals: Denominators
+    output: ORPOOutput, outputs: Any, model: nn.Module, targets: Targets, totals: Denominators
 ) -> ORPOOutput:
     """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's rows."""
     text = text_config_of(model)
@@ -419,9 +417,9 @@ def add_router_loss(
             f"output_router_logits is set, but {type(unwrap_model(model)).__name__} returns no aux_loss, so that its "
             "routers' share of the loss would be left out: set output_router_logits=False"
         )
-    weight = router_coefficient(model) * (predictions.pair_weights().sum() / totals.num_rows)
+    weight = router_coefficient(model) * (targets.pair_weights().sum() / totals.num_examples)
     return replace(
-        output, loss=output.loss + weight * aux_loss, figures={**output.figures, "aux_loss": aux_loss.detach()}
+        output, loss=output.loss + weight * aux_loss, metrics={**output.metrics, "aux_loss": aux_loss.detach()}
     )
 
 

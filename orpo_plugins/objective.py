@@ -33,7 +33,7 @@ class ORPOOutput:
     """fp32 [B]: log odds of the chosen over the rejected answer (TRL's metric of this name is its mean)."""
     log_odds_ratio: Tensor
     """fp32 [B]: log sigmoid(odds_temperature * log_odds_chosen - margin)."""
-    figures: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further detached figures: answer lengths, weights, NLL tokens, logit means, a router's auxiliary loss."""
 
 
@@ -143,7 +143,7 @@ def output_of(
     logps: Tensor,
     odds_temperature: float,
     margins: Tensor | float = 0.0,
-    figures: dict[str, Tensor],
+    metrics: dict[str, Tensor],
 ) -> ORPOOutput:
     """The output that belongs to a loss and the mean log-probabilities [2B] behind it, chosen answers first."""
     chosen, rejected = logps.view(2, -1)
@@ -155,7 +155,7 @@ def output_of(
         rejected_logps=rejected,
         log_odds_chosen=odds,
         log_odds_ratio=F.logsigmoid(odds_temperature * odds - margins),
-        figures=figures,
+        metrics=metrics,
     )
 
 

@@ -1,17 +1,21 @@
-"""Which row of the hidden states predicts which token, for which answer, in which term.
+"""Targets: which position of the hidden states predicts which token, for which answer, in which term.
 
-A layout decides where tokens stand in the forward pass; everything after the forward pass only sees
-this table.  It is the one interface between layouts and kernels.
+A layout decides where tokens stand in the forward pass; everything after the forward pass sees this table alone.  It is
+the one interface between layouts and kernels.
 
-In a batch the table travels as a single `labels` tensor of shape [N, 4], int64, one line per
-prediction: (row of the flattened hidden states, token, sequence, terms).  `terms` is a bit set:
-`IN_ANSWER` counts in the sequence's mean log-probability, `IN_NLL` counts in the NLL, and `IN_DECODER`
-says that the row stands in a decoder that has an encoder beside it; the bits from `WIDTH` on are the width of the
-batch's `input_ids`, for a loss function that sees no more of a batch than this table.  Sequences 0..B-1 are the chosen
-answers and B..2B-1 the rejected ones.  A pair without a rejected answer has no line for it.
+In a batch the table is one `labels` tensor of shape [N, 4], int64.  Each row is a target:
 
-Where pairs have weights or margins of their own the table is [N, 5]: behind every line stand those of its pair, two
-fp32 numbers in the bits of one int64, so that they go wherever the labels go.
+    position      index into the hidden states, flattened to [positions, H]
+    token_id      the token that is predicted there
+    sequence_id   0..B-1 for chosen answers, B..2B-1 for rejected ones
+    terms         IN_ANSWER: counts in the sequence's mean log-probability;  IN_NLL: counts in the NLL;
+                  IN_DECODER: stands in a decoder that has an encoder;  from WIDTH on: the width of `input_ids`
+
+A pair without a rejected answer has no target in it.  Where pairs have weights or margins of their own the table is
+[N, 5]: the last column of a target holds those of its pair, two fp32 numbers in the bits of one int64.
+
+Width, weights and margins stand in the table, and not under keys of their own, because a Trainer hands `labels` and
+nothing else of a batch to a loss function, and because Accelerate moves or cuts all tensors of a batch alike.
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,7 @@ IN_DECODER = 4
 WIDTH = 8
 IGNORE_INDEX = -100
 CUT = (
-    "the batch has lost predictions: something cuts its tensors along their first dimension, as Accelerate does with "
+    "the batch has lost targets: something cuts its tensors along their first dimension, as Accelerate does with "
     "batches of streams. Set accelerator_config={'dispatch_batches': False}, or in a loop of your own "
     "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))"
 )
@@ -59,14 +63,14 @@ def with_weights(table: Tensor, weights: Sequence[float], margins: Sequence[floa
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Predictions:
-    """The table, unpacked.  All tensors are [N], on one device; lines of one pair stand together."""
+class Targets:
+    """The table, unpacked.  All tensors are [N], on one device; targets of one pair stand together."""
 
-    rows: Tensor
+    positions: Tensor
     """int64: index into hidden states flattened to [positions, H]; a row may predict twice (shared prompts)."""
-    tokens: Tensor
+    token_ids: Tensor
     """int64: the token that the row predicts."""
-    sequences: Tensor
+    sequence_ids: Tensor
     """int64: 0..B-1 for chosen answers, B..2B-1 for rejected ones."""
     in_answer: Tensor
     """bool: counts in the mean log-probability of its sequence."""
@@ -75,29 +79,29 @@ class Predictions:
     num_pairs: int
     """B, known on the host so that nothing has to wait for the device; pairs without a rejected answer count."""
     weights: Tensor | None = None
-    """fp32: the weight of the line's pair; None: 1 for all."""
+    """fp32: the weight of the target's pair; None: 1 for all."""
     margins: Tensor | None = None
-    """fp32: the margin of the line's pair; None: 0 for all."""
+    """fp32: the margin of the target's pair; None: 0 for all."""
 
     @classmethod
-    def from_table(cls, table: Tensor, num_pairs: int) -> "Predictions":
+    def from_table(cls, table: Tensor, num_pairs: int) -> "Targets":
         """Unpacks a [N, 4] `labels` tensor (see the module's docstring)."""
         if table.ndim != 2 or table.shape[1] not in (4, 5):
             raise BatchError(
                 f"expected the [N, 4] labels that ORPOCollator makes, got a tensor of shape {tuple(table.shape)}: "
                 "use ORPOCollator as the data collator"
             )
-        rows, tokens, sequences, terms = table[:, :4].unbind(1)
-        # Two sequences a pair: a table cut to the length of padded inputs.  Every pair has lines, the last ones last.
-        if num_pairs == 0 or (len(table) == 2 * num_pairs and int(sequences[-1]) % num_pairs != num_pairs - 1):
+        positions, token_ids, sequence_ids, terms = table[:, :4].unbind(1)
+        # Two sequences a pair: a table cut to the length of padded inputs.  Every pair has targets, the last ones last.
+        if num_pairs == 0 or (len(table) == 2 * num_pairs and int(sequence_ids[-1]) % num_pairs != num_pairs - 1):
             raise BatchError(CUT)
         weights, margins = None, None
         if table.shape[1] == 5:
             weights, margins = table[:, 4:].contiguous().view(torch.float32).unbind(1)
         return cls(
-            rows=rows,
-            tokens=tokens,
-            sequences=sequences,
+            positions=positions,
+            token_ids=token_ids,
+            sequence_ids=sequence_ids,
             in_answer=(terms & IN_ANSWER) != 0,
             in_nll=(terms & IN_NLL) != 0,
             num_pairs=num_pairs,
@@ -106,7 +110,7 @@ class Predictions:
         )
 
     @classmethod
-    def from_labels(cls, labels: Tensor, nll_labels: Tensor | None, ignore_index: int) -> "Predictions":
+    def from_labels(cls, labels: Tensor, nll_labels: Tensor | None, ignore_index: int) -> "Targets":
         """The table for padded, already shifted labels.
 
         `labels` [2B, T]: the token each position predicts.  `nll_labels` [B, T]: the same for the NLL of
@@ -128,11 +132,11 @@ class Predictions:
         order = torch.arange(2 * num_pairs, device=labels.device).view(2, num_pairs).T.reshape(-1)
         sequence, column = (in_answer | in_nll)[order].nonzero(as_tuple=True)
         sequence = order[sequence]
-        tokens = torch.where(in_answer, labels, nll)[sequence, column]
+        token_ids = torch.where(in_answer, labels, nll)[sequence, column]
         return cls(
-            rows=sequence * length + column,
-            tokens=tokens,
-            sequences=sequence,
+            positions=sequence * length + column,
+            token_ids=token_ids,
+            sequence_ids=sequence,
             in_answer=in_answer[sequence, column],
             in_nll=in_nll[sequence, column],
             num_pairs=num_pairs,
@@ -152,13 +156,13 @@ class Predictions:
         return None if self.margins is None else self._of_pairs(self.margins)
 
     def _of_pairs(self, values: Tensor) -> Tensor:
-        """[B], from values [N] that are the same on all lines of a pair."""
+        """[B], from values [N] that are the same on all targets of a pair."""
         index = torch.arange(self.num_pairs, device=values.device)
-        # Any line of the chosen sequence, which every pair has.
-        return values[(self.sequences[None, :] == index[:, None]).int().argmax(1)]
+        # Any target of the chosen sequence, which every pair has.
+        return values[(self.sequence_ids[None, :] == index[:, None]).int().argmax(1)]
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
-        """[2B] sums of `values` [N] over the lines of each sequence, deterministic on every device."""
+        """[2B] sums of `values` [N] over the targets of each sequence, deterministic on every device."""
         # A product with a one-hot matrix instead of index_add: the latter adds in a random order on GPUs.
         index = torch.arange(2 * self.num_pairs, device=values.device)
-        return torch.where(self.sequences[None, :] == index[:, None], values[None, :], 0.0).sum(dim=1)
+        return torch.where(self.sequence_ids[None, :] == index[:, None], values[None, :], 0.0).sum(dim=1)

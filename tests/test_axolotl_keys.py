@@ -15,8 +15,8 @@ from axolotl_runs import axolotl, dataset, folder_with_model, logged, needs_axol
 from helpers import assert_within
 
 from orpo_plugins import ORPOCollator, errors, get_plugin_manager, orpo_forward
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
 
 needs_axolotl()
 
@@ -102,11 +102,11 @@ def expected(**changes: Any) -> dict[str, float]:
     batch = ORPOCollator(tiny.tokenizer(), sft_rows=True, **pick(["nll_over"]))(pairs)
     with torch.no_grad():
         out = orpo_forward(tiny.model(**WIDE), batch, beta=given["alpha"], kernel="told", **pick(LOSS))
-    paired = out.figures["rejected_lengths"] > 0
+    paired = out.metrics["rejected_lengths"] > 0
     return {
         "loss": float(out.loss),
         "nll_loss": float(out.nll_loss),
-        "log_odds_ratio": float((out.log_odds_ratio * out.figures["weights"])[paired].sum() / 8),
+        "log_odds_ratio": float((out.log_odds_ratio * out.metrics["weights"])[paired].sum() / 8),
     }
 
 

@@ -12,8 +12,8 @@ import tiny
 import yaml
 from axolotl_runs import ROOT, axolotl, dataset, folder_with_model, needs_axolotl, write_config, write_rows
 
-from orpo_plugins.errors import ConfigError, ORPOError, RowError
 from orpo_plugins.data.pairs import PairBuilder
+from orpo_plugins.errors import ConfigError, ORPOError, RowError
 
 needs_axolotl()
 pytestmark = pytest.mark.filterwarnings("default:You are importing from 'trl.experimental'")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("default:You are importing from 'trl.exp
 ROWS = tiny.rows(3)
 CONVERSATIONS = tiny.conversations(3)
 # What only Python programs get to see: the command line's, a stock Trainer's, Axolotl's own.
-NOT_AXOLOTLS = re.compile("axolotl|chat|command_line|legacy_arguments|stock_trainer|trl_|text_tokenizer|presets")
+NOT_AXOLOTLS = re.compile("axolotl|cli|chat_format|chat_id_pairs|hf_legacy|hf_stock|trl_|hf_tokenizer|presets")
 
 
 def load(folder: Path, rows: list[dict[str, Any]], tokenizer: Any = None, **settings: Any) -> Any:
@@ -181,7 +181,7 @@ def test_words_are_those_of_the_config(message: str, expected: str) -> None:
 def messages() -> Iterator[tuple[str, str]]:
     """(file, text) of all that the package may say to a user of Axolotl."""
     for folder in ("orpo_plugins", "integrations", "kernels"):
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             if NOT_AXOLOTLS.search(path.stem):
                 continue
             tree = ast.parse(path.read_text())

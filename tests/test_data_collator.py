@@ -9,10 +9,10 @@ from helpers import chatml_tokenizer, gpt2_tokenizer
 from torch import Tensor
 
 from orpo_plugins import ORPOCollator
-from orpo_plugins.errors import BatchError, ConfigError, RowError
-from orpo_plugins.data.pairs import PairOptions
-from orpo_plugins.targets import Predictions
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.errors import BatchError, ConfigError, RowError
+from orpo_plugins.targets import Targets
 
 TOKENIZER = chatml_tokenizer()
 USER = {"role": "user", "content": "the dog"}
@@ -57,9 +57,9 @@ def test_a_padded_batch_has_chosen_rows_first_and_pad_tokens_at_the_end() -> Non
 
 def predicted(batch: dict[str, Tensor]) -> list[tuple[int, str, bool, bool]]:
     """Sequence, token, and whether it counts as answer and in the NLL, with each row checked against the token."""
-    table = Predictions.from_table(batch["labels"], batch["input_ids"].shape[0] // 2)
-    assert torch.equal(batch["input_ids"].flatten()[table.rows + 1], table.tokens)
-    columns = (table.sequences.tolist(), table.tokens.tolist(), table.in_answer.tolist(), table.in_nll.tolist())
+    table = Targets.from_table(batch["labels"], batch["input_ids"].shape[0] // 2)
+    assert torch.equal(batch["input_ids"].flatten()[table.positions + 1], table.token_ids)
+    columns = (table.sequence_ids.tolist(), table.token_ids.tolist(), table.in_answer.tolist(), table.in_nll.tolist())
     return [(s, TOKENIZER.decode([t]), a, n) for s, t, a, n in zip(*columns, strict=True)]
 
 

@@ -6,10 +6,10 @@ import pytest
 from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
 from tokenizers import normalizers
 
-from orpo_plugins.errors import ConfigError, RowError
-from orpo_plugins.hooks.types import TokenSequence
 from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions
 from orpo_plugins.data.row_formats import parse_row
+from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.hooks.types import TokenSequence
 
 CHATML = chatml_tokenizer()
 INST = inst_tokenizer()

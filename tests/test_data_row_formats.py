@@ -8,9 +8,9 @@ import pytest
 
 from orpo_plugins import get_plugin_manager, hookimpl
 from orpo_plugins.data.conversations import common_prefix
+from orpo_plugins.data.row_formats import orpo_row_formats, parse_row
 from orpo_plugins.errors import RowError
 from orpo_plugins.hooks.types import Preference, RowFormat
-from orpo_plugins.data.row_formats import orpo_row_formats, parse_row
 
 
 def user(text: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from training import trainer
 from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, fuse_head
-from orpo_plugins.data.example import example_text
-from orpo_plugins.hooks.types import Pair
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.example import example_text
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.hooks.types import Pair
 
 BEGINNING = "one pair as it is trained; [[...]] counts"
 ROW = {"prompt": "the dog", "chosen": " sleeps", "rejected": " jumps"}

@@ -12,9 +12,9 @@ from torch import nn
 
 from orpo_plugins import errors, orpo_forward
 from orpo_plugins.hooks import plugins
-from orpo_plugins.models.head import head_options, output_head, unwrap_model
 from orpo_plugins.hooks.types import Kernel, Pair, TokenSequence
 from orpo_plugins.layouts.padded import collate_padded
+from orpo_plugins.models.head import head_options, output_head, unwrap_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

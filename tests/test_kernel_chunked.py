@@ -14,7 +14,7 @@ from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.kernels import chunked
 from orpo_plugins.kernels.products import in_blocks, times_transposed
 from orpo_plugins.kernels.reference import reference_head
-from orpo_plugins.targets import Predictions
+from orpo_plugins.targets import Targets
 
 FP32 = 2e-6
 """Some tens of fp32's rounding unit: what a sum over a few hundred products may lose."""
@@ -185,12 +185,17 @@ def test_few_targets_take_no_wide_tiles():
 @pytest.mark.parametrize("budget", [0, None, 2**26])
 def test_no_line_at_all_gives_gradients_of_zero(dtype, budget):
     nothing = torch.zeros(0, dtype=torch.int64)
-    predictions = Predictions(
-        rows=nothing, tokens=nothing, sequences=nothing, in_answer=nothing.bool(), in_nll=nothing.bool(), num_pairs=1
+    targets = Targets(
+        positions=nothing,
+        token_ids=nothing,
+        sequence_ids=nothing,
+        in_answer=nothing.bool(),
+        in_nll=nothing.bool(),
+        num_pairs=1,
     )
     objective = Objective(nll_weights=torch.zeros(0), pair_loss=lambda given: (given.chosen - given.rejected).sum())
     hidden, weight = (torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((3, 8), (50, 8)))
-    result = chunked.chunked_head(hidden, weight, None, predictions, objective, HeadOptions(memory_budget=budget))
+    result = chunked.chunked_head(hidden, weight, None, targets, objective, HeadOptions(memory_budget=budget))
     result.loss.backward()
     assert float(result.loss.detach()) == 0.0
     assert not hidden.grad.any()
@@ -207,23 +212,23 @@ def test_rows_may_be_read_in_any_order_and_twice(dtype, budget, tile_sizes):
     sequences = torch.arange(count) * 2 * pairs // count
     hidden, weight = torch.randn(40, 16, dtype=dtype) * 0.5, torch.randn(301, 16, dtype=dtype)
     hidden[sorted(set(range(40)) - set(rows.tolist()))] = math.nan
-    predictions = Predictions(
-        rows=rows,
-        tokens=torch.randint(301, (count,)),
-        sequences=sequences,
+    targets = Targets(
+        positions=rows,
+        token_ids=torch.randint(301, (count,)),
+        sequence_ids=sequences,
         in_answer=torch.rand(count) < 0.8,
         in_nll=sequences < pairs,
         num_pairs=pairs,
     )
     objective = Objective(
-        nll_weights=predictions.in_nll / predictions.in_nll.sum(),
+        nll_weights=targets.in_nll / targets.in_nll.sum(),
         pair_loss=lambda given: -F.logsigmoid(given.chosen - given.rejected).mean(),
     )
     options = HeadOptions(memory_budget=budget, logit_means=True)
 
     def run(kernel, dtype):
         leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in (hidden, weight)]
-        result = kernel(*leaves, None, predictions, objective, options)
+        result = kernel(*leaves, None, targets, objective, options)
         result.loss.backward()
         return {"hidden": leaves[0].grad, "weight": leaves[1].grad, "means": result.logit_means, "logps": result.logps}
 
@@ -330,11 +335,11 @@ def test_a_row_does_not_change_another_ones_result():
 
 def test_logit_means_are_those_of_the_final_logits():
     case = make_case(bias=True, vocabulary=600, ignored=0.0)
-    predictions = Predictions.from_labels(case.labels, None, -100)
-    rows = case.hidden.flatten(0, 1)[predictions.rows]
-    objective = Objective(nll_weights=predictions.in_nll.float(), pair_loss=lambda pairs: pairs.chosen.sum())
+    targets = Targets.from_labels(case.labels, None, -100)
+    rows = case.hidden.flatten(0, 1)[targets.positions]
+    objective = Objective(nll_weights=targets.in_nll.float(), pair_loss=lambda pairs: pairs.chosen.sum())
     options = HeadOptions(softcap=4.0, logit_scale=0.5, logit_means=True)
-    arguments = (rows, case.weight, case.bias, predictions, objective, options)
+    arguments = (rows, case.weight, case.bias, targets, objective, options)
     assert_within(chunked.chunked_head(*arguments).logit_means, reference_head(*arguments).logit_means, 1e-6)
     assert chunked.chunked_head(*arguments[:-1], HeadOptions()).logit_means is None
 

@@ -42,9 +42,9 @@ def run(cls, arguments, nll_target=None, upstream=1.0, **options):
     leaves = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in (weight, hidden, bias)]
     if cls is liger.LigerFusedLinearORPOLoss:
         options["compiled"] = False
-    loss, figures = cls(**options)(leaves[0], leaves[1], target, leaves[2], nll_target=nll_target)
+    loss, metrics = cls(**options)(leaves[0], leaves[1], target, leaves[2], nll_target=nll_target)
     (loss * upstream).backward()
-    return loss, figures, [leaf.grad for leaf in leaves if leaf is not None]
+    return loss, metrics, [leaf.grad for leaf in leaves if leaf is not None]
 
 
 def assert_equal_to_liger(arguments, tolerance, nll_target=None, upstream=1.0, **options):

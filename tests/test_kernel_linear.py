@@ -36,14 +36,14 @@ def test_returns_the_objective_and_its_figures(kernel, prompt):
     for name in ("loss", "nll_loss", "chosen_logps", "rejected_logps", "log_odds_chosen", "log_odds_ratio"):
         assert_within(getattr(output, name), getattr(expected, name), 1e-5, name)
     lengths = (case.labels != -100).sum(1)
-    assert torch.equal(output.figures["chosen_lengths"], lengths[:3].float())
-    assert torch.equal(output.figures["rejected_lengths"], lengths[3:].float())
+    assert torch.equal(output.metrics["chosen_lengths"], lengths[:3].float())
+    assert torch.equal(output.metrics["rejected_lengths"], lengths[3:].float())
 
 
 def test_micro_batches_with_the_denominators_of_the_whole_step_add_up_to_it():
     case = make_case(pairs=4, length=12, prompt=4, dtype=torch.float64)
     whole, gradients = run_case(case)
-    tokens = whole.figures["nll_tokens"]
+    tokens = whole.metrics["nll_tokens"]
     loss, weight_gradient = 0.0, 0.0
     for first in range(0, 4, 2):
         rows = [first, first + 1, first + 4, first + 5]

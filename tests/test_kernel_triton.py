@@ -11,8 +11,8 @@ import torch
 from helpers import assert_all_within, assert_within, relative_difference
 from kernel_cases import make_case, run_case
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.hooks import plugins
 from orpo_plugins.kernels.triton_head import unsupported
 
 CASES = {

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_all_within, assert_within
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.errors import ModelError
 from orpo_plugins.forward import orpo_forward, router_coefficient
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
-from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts.one_row import Span, Spans
 
 pytestmark = pytest.mark.filterwarnings(
@@ -403,7 +403,7 @@ def test_a_routers_auxiliary_loss_is_that_of_padded_when_packed_and_near_it_when
     """*shared* counts a prompt's tokens once: documented, with this size of difference."""
     made = model("Mixtral", num_local_experts=4, output_router_logits=True).eval()
     batches = {n: plugins.layout(n).collate(random_pairs(), pad_token_id=0, nll_over="sequence") for n in LAYOUTS}
-    found = {name: orpo_forward(made, batch).figures["aux_loss"] for name, batch in batches.items()}
+    found = {name: orpo_forward(made, batch).metrics["aux_loss"] for name, batch in batches.items()}
     assert_within(found["packed"], found["padded"], 1e-6)
     assert_within(found["shared"], found["padded"], 1e-2)
 
@@ -413,7 +413,7 @@ def test_a_routers_loss_weighs_what_the_model_says():
     batch = plugins.layout("padded").collate(random_pairs(), pad_token_id=0, nll_over="sequence")
     found = orpo_forward(made, batch)
     made.config.output_router_logits = False
-    assert_within(found.loss - orpo_forward(made, batch).loss, 0.5 * found.figures["aux_loss"], 1e-4)
+    assert_within(found.loss - orpo_forward(made, batch).loss, 0.5 * found.metrics["aux_loss"], 1e-4)
 
 
 def test_the_weight_of_a_routers_loss_is_found_wherever_a_model_has_it():

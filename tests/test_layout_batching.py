@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layout_collate import pair
 
-from orpo_plugins.layouts.batches import PairBatches, pair_tokens
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.layouts.batches import PairBatches, pair_tokens
 
 LENGTHS = random.Random(0).choices(range(10, 201), k=101)
 SKEWED = [2000 if index % 10 == 0 else 100 for index in range(400)]

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_plugins.hooks.types import Pair, TokenSequence
-from orpo_plugins.layouts.padded import collate_padded
 from orpo_plugins.layouts.one_row import SPANS, collate_packed, collate_shared, common_prefix
-from orpo_plugins.targets import Predictions
+from orpo_plugins.layouts.padded import collate_padded
+from orpo_plugins.targets import Targets
 
 
 def sequence(prompt: list[int], answer: list[int]) -> TokenSequence:
@@ -106,4 +106,4 @@ def visible(batch, row):
 
 def test_lines_of_a_pair_stand_together():
     labels = collate_shared(PAIRS, pad_token_id=0, nll_over="sequence")["labels"]
-    assert Predictions.from_table(labels, 2).sequences.unique_consecutive().tolist() == [0, 2, 1, 3]
+    assert Targets.from_table(labels, 2).sequence_ids.unique_consecutive().tolist() == [0, 2, 1, 3]

@@ -15,8 +15,8 @@ from test_layout_attention import assert_equal_to_padded, model, random_pairs, s
 from training import trainer
 
 from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, get_plugin_manager, hookimpl
-from orpo_plugins.hooks import plugins
 from orpo_plugins.forward import orpo_forward
+from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from orpo_plugins import errors, get_plugin_manager, hookimpl
-from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks.types import Kernel
 
 ROOT = Path(__file__).parents[1]

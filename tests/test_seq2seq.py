@@ -14,10 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, orpo_forward
-from orpo_plugins.hooks import plugins
-from orpo_plugins.forward import predictions_of
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.forward import targets_of
+from orpo_plugins.hooks import plugins
 
 EOS = 2
 
@@ -159,10 +159,10 @@ def test_prompts_and_answers_each_have_the_tokenizers_special_tokens() -> None:
         ids = row[(row != -100) & (row != 0)]
         assert ids[-1] == EOS
         assert (ids == EOS).sum() == 1
-    table = predictions_of(made)
+    table = targets_of(made)
     assert table.num_pairs == 3
-    assert torch.equal(table.tokens, made["decoder_labels"].flatten()[table.rows])
-    assert torch.equal(table.in_nll, table.sequences < 3)
+    assert torch.equal(table.token_ids, made["decoder_labels"].flatten()[table.positions])
+    assert torch.equal(table.in_nll, table.sequence_ids < 3)
 
 
 def test_eos_is_added_to_answers_where_the_tokenizer_adds_none() -> None:

@@ -12,12 +12,12 @@ from test_seq2seq import build as encoder_decoder
 from test_seq2seq import tokenizer as seq2seq_tokenizer
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, linear_orpo_loss, orpo_forward
-from orpo_plugins.hooks import plugins
-from orpo_plugins.layouts.attention import prepare
-from orpo_plugins.hooks.types import Metric
-from orpo_plugins.objective import LossTerm
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.types import Metric
+from orpo_plugins.layouts.attention import prepare
+from orpo_plugins.objective import LossTerm
 
 ROWS = tiny.rows(6)
 MIXED = [{**row, "rejected": None} if index in (1, 4, 5) else row for index, row in enumerate(ROWS)]
@@ -77,11 +77,11 @@ def test_cut_into_micro_batches_the_gradient_is_the_same(normalization: str) -> 
     model = tiny.model().eval()
     whole = gradients(model, orpo_forward(model, batch(MIXED), nll_normalization=normalization).loss)
     parts = [batch(MIXED[i : i + 2]) for i in (0, 2, 4)]
-    tokens = sum(float(orpo_forward(model, part).figures["nll_tokens"]) for part in parts)
+    tokens = sum(float(orpo_forward(model, part).metrics["nll_tokens"]) for part in parts)
     model.zero_grad()
     for part in parts:
         orpo_forward(
-            model, part, nll_normalization=normalization, nll_tokens=tokens, num_pairs=3.0, num_rows=6.0
+            model, part, nll_normalization=normalization, nll_tokens=tokens, num_pairs=3.0, num_examples=6.0
         ).loss.backward()
     summed = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_all_within(summed, whole, 1e-5)

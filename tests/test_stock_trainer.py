@@ -172,7 +172,7 @@ def test_a_loop_of_ones_own_refuses_what_accelerate_has_cut(layout: str) -> None
     cut = {
         key: value[: len(batch["input_ids"])] if isinstance(value, Tensor) else value for key, value in batch.items()
     }
-    with pytest.raises(errors.BatchError, match="lost predictions"):
+    with pytest.raises(errors.BatchError, match="lost targets"):
         orpo_forward(tiny.model(), cut)
 
 

@@ -17,11 +17,11 @@ from training import config, logged, trainer
 from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, fuse_head
-from orpo_plugins.layouts.batches import PairBatches, pair_tokens
+from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.integrations.hf_loader import loader, sizes
-from orpo_plugins.data.pairs import PairOptions
-from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.layouts.batches import PairBatches, pair_tokens
 
 ROWS = tiny.skewed_rows(48)
 LIMIT = 1200
@@ -157,11 +157,11 @@ def test_grouping_by_length_saves_padding(tmp_path: Path) -> None:
 
 def test_predictions_stand_in_the_rows_order_where_training_groups_by_length(tmp_path: Path) -> None:
     rows = Dataset.from_list(ROWS[:10])
-    predictions = []
+    targets = []
     for sampling in ("random", "group_by_length"):
         made = trainer(tmp_path, train_sampling_strategy=sampling, eval_dataset=rows, max_length=512)
-        predictions.append(torch.as_tensor(made.predict(made.eval_dataset).predictions))
-    assert_within(predictions[1], predictions[0], 1e-6)
+        targets.append(torch.as_tensor(made.predict(made.eval_dataset).predictions))
+    assert_within(targets[1], targets[0], 1e-6)
 
 
 @pytest.mark.parametrize(

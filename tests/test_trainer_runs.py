@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 import orpo_plugins
 from orpo_plugins import ORPOTrainer, errors, hookimpl
-from orpo_plugins.hooks.types import Metric
 from orpo_plugins.hooks.plugins import get_plugin_manager
+from orpo_plugins.hooks.types import Metric
 
 KEYS_OF_TRL = [
     "rewards/chosen",

@@ -52,9 +52,9 @@ def test_the_flags_of_trls_example_script(tmp_path: Path) -> None:
 def test_a_mixture_of_experts_adds_and_logs_its_routers_loss(tmp_path: Path) -> None:
     trained = trainer(tmp_path, model=tiny.mixture_of_experts(), max_steps=1)
     trained.train()
-    figures = next(entry for entry in trained.state.log_history if "loss" in entry)
-    whole = figures["nll_loss"] - 0.1 * figures["log_odds_ratio"] + 0.02 * figures["aux_loss"]
-    assert_within(figures["loss"], whole, 1e-5, "loss")
+    metrics = next(entry for entry in trained.state.log_history if "loss" in entry)
+    whole = metrics["nll_loss"] - 0.1 * metrics["log_odds_ratio"] + 0.02 * metrics["aux_loss"]
+    assert_within(metrics["loss"], whole, 1e-5, "loss")
 
 
 # ---- the Kaggle article

@@ -111,14 +111,14 @@ def test_loss_and_gradients_are_those_of_each_sequence_alone(model: str, adapter
 
 @pytest.mark.parametrize("adapter", ["prompt tuning", "p-tuning", "cpt"])
 def test_evaluation_and_its_figures_do_not_depend_on_the_kernel(adapter: str, tmp_path: Path) -> None:
-    figures = []
+    metrics = []
     for kernel in ("chunked", "reference"):
         options = {"layout": "auto", "eval_dataset": tiny.rows(5), "kernel": kernel}
         made = trainer(tmp_path, model=adapted("llama", adapter), **options)
         assert made.data_collator.layout.name == "padded"
-        figures.append(made.evaluate())
+        metrics.append(made.evaluate())
     for key in ("eval_loss", "eval_logits/chosen", "eval_logits/rejected", "eval_logps/rejected"):
-        assert figures[0][key] == pytest.approx(figures[1][key], rel=1e-5), key
+        assert metrics[0][key] == pytest.approx(metrics[1][key], rel=1e-5), key
 
 
 @pytest.mark.parametrize("adapter", ["prompt tuning", "multitask"])

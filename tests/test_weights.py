@@ -11,9 +11,9 @@ from datasets import Dataset
 from helpers import assert_all_within, assert_within
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOLoss, ORPOTrainer, errors, orpo_forward
-from orpo_plugins.layouts.attention import prepare
-from orpo_plugins.targets import Predictions, with_weights
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.layouts.attention import prepare
+from orpo_plugins.targets import Targets, with_weights
 
 ROWS = tiny.rows(3)
 TWICE = [ROWS[0], ROWS[1], ROWS[1], ROWS[2]]
@@ -76,12 +76,12 @@ def test_the_loss_for_a_stock_trainer_reads_them_too() -> None:
 def test_numbers_travel_with_the_labels_unrounded() -> None:
     table = torch.tensor([[0, 5, 0, 3], [1, 6, 2, 1], [2, 7, 1, 3], [3, 8, 3, 1]])
     weights, margins = [0.1, 3e-7], [-2.5, 1e9]
-    predictions = Predictions.from_table(with_weights(table, weights, margins), 2)
-    assert predictions.pair_weights().tolist() == torch.tensor(weights).tolist()
-    margins_read = predictions.pair_margins()
+    targets = Targets.from_table(with_weights(table, weights, margins), 2)
+    assert targets.pair_weights().tolist() == torch.tensor(weights).tolist()
+    margins_read = targets.pair_margins()
     assert margins_read is not None
     assert margins_read.tolist() == torch.tensor(margins).tolist()
-    assert torch.equal(predictions.tokens, table[:, 1])
+    assert torch.equal(targets.token_ids, table[:, 1])
 
 
 def test_rows_that_all_count_alike_keep_the_plain_table() -> None:

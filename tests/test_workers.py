@@ -17,11 +17,11 @@ from training import logged, trainer
 from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, errors, fuse_head, hookimpl
-from orpo_plugins.hooks.types import Layout, RowFormat
-from orpo_plugins.layouts.padded import collate_padded
-from orpo_plugins.layouts.one_row import SPANS, Spans
-from orpo_plugins.hooks.plugins import get_plugin_manager
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.hooks.plugins import get_plugin_manager
+from orpo_plugins.hooks.types import Layout, RowFormat
+from orpo_plugins.layouts.one_row import SPANS, Spans
+from orpo_plugins.layouts.padded import collate_padded
 
 DECODERS = ("padded", "packed", "shared")
 SPAWNED: dict[str, Any] = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "spawn"}

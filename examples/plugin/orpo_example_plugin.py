@@ -6,11 +6,21 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_plugins import hookimpl
-from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Metric, Objective, Preference, RowFormat
+from orpo_plugins.hooks import (
+    HeadOptions,
+    HeadResult,
+    Kernel,
+    LossTerm,
+    Metric,
+    Objective,
+    ORPOOutput,
+    PairLogps,
+    Preference,
+    RowFormat,
+    Targets,
+    hookimpl,
+)
 from orpo_plugins.kernels.reference import reference_head
-from orpo_plugins.objective import LossTerm, ORPOOutput, PairLogps
-from orpo_plugins.targets import Predictions
 
 
 @hookimpl
@@ -23,13 +33,13 @@ def double_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    predictions: Predictions,
+    targets: Targets,
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
     """Autograd carries the gradients back to the inputs' own dtype."""
     bias = None if bias is None else bias.double()
-    return reference_head(hidden.double(), weight.double(), bias, predictions, objective, options)
+    return reference_head(hidden.double(), weight.double(), bias, targets, objective, options)
 
 
 @hookimpl
@@ -67,4 +77,4 @@ def orpo_metrics() -> list[Metric]:
 
 def length_gap(output: ORPOOutput) -> Tensor:
     """[B] tokens."""
-    return output.figures["chosen_lengths"] - output.figures["rejected_lengths"]
+    return output.metrics["chosen_lengths"] - output.metrics["rejected_lengths"]

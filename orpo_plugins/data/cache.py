@@ -8,17 +8,12 @@ import sys
 from typing import Any
 
 import orpo_plugins
-from orpo_plugins.data import chat_id_pairs
-from orpo_plugins.data import conversations
-from orpo_plugins.hooks import types as interfaces
-from orpo_plugins.data import pairs
-from orpo_plugins.hooks import plugins
-from orpo_plugins.data import row_formats
-from orpo_plugins.data import row_values
-from orpo_plugins.data import encoder_decoder_pairs as separate_pairs
+from orpo_plugins.data import chat_id_pairs, conversations, pairs, row_formats, row_values, tokenized_rows
 from orpo_plugins.data import chat_templates as texts
-from orpo_plugins.data import tokenized_rows
+from orpo_plugins.data import encoder_decoder_pairs as separate_pairs
 from orpo_plugins.data.pairs import PairBuilder
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks import types as interfaces
 
 
 def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from orpo_plugins.data.chat_templates import special_tokens
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions, PromptAndAnswer, boundary
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Message, Preference
-from orpo_plugins.data.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions, boundary
 from orpo_plugins.targets import IGNORE_INDEX
-from orpo_plugins.data.chat_templates import special_tokens
 
 _QUESTION: Message = {"role": "user", "content": "the"}
 _ANSWERS = ("the", "and")
@@ -70,7 +70,7 @@ class ChatIdPairBuilder(PairBuilder):
     def _check_template(self) -> None:
         """There is no template to ask for: the tokenizer brings its own way."""
 
-    def _chat_answer(self, preference: Preference, answer: Any) -> Answer:
+    def _chat_answer(self, preference: Preference, answer: Any) -> PromptAndAnswer:
         prompt: Any = preference.prompt
         messages = [*prompt, *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
         arguments = preference.template_arguments
@@ -81,7 +81,7 @@ class ChatIdPairBuilder(PairBuilder):
         labeled = {place for begin, end in spans for place in range(begin, end)}
         labels = [token if place in labeled else IGNORE_INDEX for place, token in enumerate(ids)]
         start = spans[0][0]
-        return self._with_bos(Answer(ids[:start], ids[start:], labels[start:]))
+        return self._with_bos(PromptAndAnswer(ids[:start], ids[start:], labels[start:]))
 
     def _spans(self, messages: list[Message], start: int, ids: list[int]) -> list[tuple[int, int]]:
         """Where the assistant's turns from message `start` on stand in the ids of the conversation.

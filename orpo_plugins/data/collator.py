@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from orpo_plugins.hooks import plugins
-from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.data.example import example_text
-from orpo_plugins.forward import NLL_OVER
-from orpo_plugins.hooks.types import Pair
 from orpo_plugins.data.pairs import BuiltPair, PairOptions
-from orpo_plugins.targets import with_weights, with_width
 from orpo_plugins.data.tokenized_rows import RowTokenizer
+from orpo_plugins.errors import BatchError, ConfigError
+from orpo_plugins.forward import NLL_OVER
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.types import Pair
+from orpo_plugins.targets import with_weights, with_width
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+from orpo_plugins.data.row_values import shortened
 from orpo_plugins.errors import RowError
 from orpo_plugins.hooks.types import Message
-from orpo_plugins.data.row_values import shortened
 
 _TURN = re.compile(
     r"(^|\n)\s*(#+ *)?(human|user|assistant|system|instruction|input|question|response|answer|post|bot|gpt|ai|q)\b"

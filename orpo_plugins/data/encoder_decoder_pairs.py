@@ -6,42 +6,42 @@ On rows that nothing truncates, ids and labels are those of TRL's ORPOTrainer (1
 
 from typing import Any
 
-from orpo_plugins.data.pairs import Answer, BuiltPair, Dropped, PairBuilder, boundary, built_pair
-from orpo_plugins.targets import IGNORE_INDEX
 from orpo_plugins.data.chat_templates import Texts
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PromptAndAnswer, boundary, built_pair
+from orpo_plugins.targets import IGNORE_INDEX
 
 
 class EncoderDecoderPairBuilder(PairBuilder):
     """`PairBuilder` where `PairOptions.encoder_decoder` is set."""
 
-    def _tokens(self, texts: Texts) -> tuple[Answer, Answer]:
+    def _tokens(self, texts: Texts) -> tuple[PromptAndAnswer, PromptAndAnswer]:
         return (
             self._own_answer(texts.chosen, len(texts.prompt), texts.chosen_spans),
             self._own_answer(texts.rejected, len(texts.prompt), texts.rejected_spans),
         )
 
-    def _own_answer(self, text: str, start: int, spans: list[tuple[int, int]] | None) -> Answer:
+    def _own_answer(self, text: str, start: int, spans: list[tuple[int, int]] | None) -> PromptAndAnswer:
         if spans and self.options.train_on == "last":
             spans, start = spans[-1:], spans[-1][0]
         prompt, ids = self._encode([text[:start], text[start:]])
         if spans is None:
-            return Answer(prompt, ids, ids)
+            return PromptAndAnswer(prompt, ids, ids)
         cuts = self._encode([text[start : max(cut, start)] for span in spans for cut in span])
         tokens = [boundary(beginning, ids) for beginning in cuts]
         marked = {i for begin, end in zip(tokens[::2], tokens[1::2], strict=True) for i in range(begin, end)}
-        return Answer(prompt, ids, [token if i in marked else IGNORE_INDEX for i, token in enumerate(ids)])
+        return PromptAndAnswer(prompt, ids, [token if i in marked else IGNORE_INDEX for i, token in enumerate(ids)])
 
-    def _close(self, answer: Answer) -> Answer:
+    def _with_eos(self, answer: PromptAndAnswer) -> PromptAndAnswer:
         """EOS where the tokenizer adds none."""
         closing = answer.ids[len(answer.ids) - self._edges(answer.ids)[1] :]
-        return answer if self.tokenizer.eos_token_id in closing else super()._close(answer)
+        return answer if self.tokenizer.eos_token_id in closing else super()._with_eos(answer)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return encoded_alone(self.tokenizer, texts)
 
     # ---- length
 
-    def fit(self, *whole: Answer, **flags: bool) -> BuiltPair | Dropped:
+    def fit(self, *whole: PromptAndAnswer, **flags: bool) -> BuiltPair | Dropped:
         """Cuts prompt and answers, each to a limit of its own (see `PairOptions`)."""
         cut = [self._cut(answer) for answer in whole]
         for name, answer in zip(("chosen", "rejected"), cut, strict=False):
@@ -52,11 +52,11 @@ class EncoderDecoderPairBuilder(PairBuilder):
         prompt_truncated = any(new.prompt != old.prompt for new, old in zip(cut, whole, strict=True))
         return built_pair(whole, cut, prompt_truncated=prompt_truncated, **flags)
 
-    def _cut(self, answer: Answer) -> Answer:
+    def _cut(self, answer: PromptAndAnswer) -> PromptAndAnswer:
         options = self.options
         prompt = self._places(answer.prompt, options.max_prompt_length or options.max_length, options.truncation_mode)
         kept = self._places(answer.ids, options.max_completion_length or options.max_length, "keep_start")
-        return Answer(
+        return PromptAndAnswer(
             [answer.prompt[i] for i in prompt], [answer.ids[i] for i in kept], [answer.labels[i] for i in kept]
         )
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from orpo_plugins.data.chat_templates import TextBuilder, Texts, special_tokens
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Pair, Preference, TokenSequence
 from orpo_plugins.targets import IGNORE_INDEX
-from orpo_plugins.data.chat_templates import TextBuilder, Texts, special_tokens
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
 TRAIN_ON = ("all_assistant", "last")
@@ -114,7 +114,7 @@ class Dropped:
     reason: str
 
 
-class Answer(NamedTuple):
+class PromptAndAnswer(NamedTuple):
     """One tokenized sequence before truncation, cut where its answer begins."""
 
     prompt: list[int]
@@ -167,12 +167,12 @@ class PairBuilder:
             return built
         return replace(built, strings_joined=texts.strings_joined, strings_templated=texts.strings_templated)
 
-    def _fitted(self, answers: Sequence[Answer], **flags: bool) -> BuiltPair | Dropped:
+    def _fitted(self, answers: Sequence[PromptAndAnswer], **flags: bool) -> BuiltPair | Dropped:
         for name, answer in zip(("chosen", "rejected"), answers, strict=False):
             if not self._special_ids.issuperset(answer.labels):
                 continue
             return Dropped(reason=f"the {name} answer is empty after tokenization")
-        return self.fit(*map(self._close, answers), **flags)
+        return self.fit(*map(self._with_eos, answers), **flags)
 
     def _check_template(self) -> None:
         if self.options.template_strings and getattr(self.tokenizer, "chat_template", None) is None:
@@ -193,14 +193,16 @@ class PairBuilder:
 
     # ---- tokens
 
-    def _tokens(self, texts: Texts) -> tuple[Answer, Answer]:
+    def _tokens(self, texts: Texts) -> tuple[PromptAndAnswer, PromptAndAnswer]:
         prompt, chosen, rejected = self._encode([texts.prompt, texts.chosen, texts.rejected])
         return (
             self._answer(prompt, chosen, texts.chosen, texts.chosen_spans),
             self._answer(prompt, rejected, texts.rejected, texts.rejected_spans),
         )
 
-    def _answer(self, prompt: list[int], ids: list[int], text: str, spans: list[tuple[int, int]] | None) -> Answer:
+    def _answer(
+        self, prompt: list[int], ids: list[int], text: str, spans: list[tuple[int, int]] | None
+    ) -> PromptAndAnswer:
         start = boundary(prompt, ids)
         if spans is None:
             labels = ids[start:]
@@ -211,15 +213,15 @@ class PairBuilder:
             start = tokens[0] if self.options.train_on == "last" else start
             marked = {i for begin, end in zip(tokens[::2], tokens[1::2], strict=True) for i in range(begin, end)}
             labels = [token if i in marked else IGNORE_INDEX for i, token in enumerate(ids)][start:]
-        return self._with_bos(Answer(ids[:start], ids[start:], labels))
+        return self._with_bos(PromptAndAnswer(ids[:start], ids[start:], labels))
 
-    def _with_bos(self, answer: Answer) -> Answer:
+    def _with_bos(self, answer: PromptAndAnswer) -> PromptAndAnswer:
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None or answer.prompt[:1] == [bos]:
             return answer
         return answer._replace(prompt=[bos, *answer.prompt])
 
-    def _close(self, answer: Answer) -> Answer:
+    def _with_eos(self, answer: PromptAndAnswer) -> PromptAndAnswer:
         """EOS at the end, unless it is the last token already.
 
         A template that ends with EOS and a newline gets another EOS, as TRL gives it: the labels must be the same.
@@ -236,7 +238,7 @@ class PairBuilder:
 
     # ---- length
 
-    def fit(self, *whole: Answer, **flags: bool) -> BuiltPair | Dropped:
+    def fit(self, *whole: PromptAndAnswer, **flags: bool) -> BuiltPair | Dropped:
         """Cuts a chosen and a rejected answer, or a chosen one alone, to the options' lengths (see `PairOptions`)."""
         options = self.options
         limit = options.max_completion_length
@@ -246,13 +248,13 @@ class PairBuilder:
         prompt_truncated = any(len(new) < len(old.prompt) for new, old in zip(prompts, cut, strict=True))
         for i, (answer, prompt) in enumerate(zip(cut, prompts, strict=True)):
             left = None if options.max_length is None else max(0, options.max_length - len(prompt))
-            cut[i] = Answer(prompt, answer.ids[:left], answer.labels[:left])
+            cut[i] = PromptAndAnswer(prompt, answer.ids[:left], answer.labels[:left])
         for name, answer in zip(("chosen", "rejected"), cut, strict=False):
             if self._special_ids.issuperset(answer.labels):
                 return Dropped(reason=f"no room is left for the {name} answer")
         return built_pair(whole, cut, prompt_truncated=prompt_truncated, **flags)
 
-    def _prompt_room(self, answers: Sequence[Answer]) -> int:
+    def _prompt_room(self, answers: Sequence[PromptAndAnswer]) -> int:
         """The tokens that the longer prompt may keep."""
         longest = max(len(answer.prompt) for answer in answers)
         room = longest if self.options.max_prompt_length is None else min(longest, self.options.max_prompt_length)
@@ -274,7 +276,7 @@ class PairBuilder:
         return [prompt[excess:] for prompt in prompts]
 
 
-def built_pair(whole: Sequence[Answer], cut: Sequence[Answer], **flags: bool) -> BuiltPair | Dropped:
+def built_pair(whole: Sequence[PromptAndAnswer], cut: Sequence[PromptAndAnswer], **flags: bool) -> BuiltPair | Dropped:
     """The pair of answers that were cut to their lengths; of the chosen one alone, a pair without a rejected one.
 
     `flags` are those of `BuiltPair` that the answers do not show.
@@ -301,7 +303,7 @@ def boundary(beginning: list[int], ids: list[int]) -> int:
     return next(i for i in range(shortest) if beginning[i] != ids[i])
 
 
-def token_sequence(answer: Answer) -> TokenSequence:
+def token_sequence(answer: PromptAndAnswer) -> TokenSequence:
     return TokenSequence(
         input_ids=answer.prompt + answer.ids, labels=[IGNORE_INDEX] * len(answer.prompt) + answer.labels
     )

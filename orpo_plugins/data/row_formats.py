@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orpo_plugins.hooks import plugins
 from orpo_plugins.data.conversations import end_of_shared_words, has_turn, is_whole, question_and_answers
-from orpo_plugins.errors import RowError
-from orpo_plugins.hooks.specs import hookimpl
-from orpo_plugins.hooks.types import Message, Preference, RowFormat
 from orpo_plugins.data.row_values import (
     CALL,
     CONVERSATIONS,
@@ -36,6 +32,10 @@ from orpo_plugins.data.row_values import (
     user,
     without_none,
 )
+from orpo_plugins.errors import RowError
+from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.specs import hookimpl
+from orpo_plugins.hooks.types import Message, Preference, RowFormat
 
 _IMPLICIT_STRINGS = "strings, implicit prompt"
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orpo_plugins.data.chat_id_pairs import ChatIdPairBuilder, gives_chats_as_ids
+from orpo_plugins.data.encoder_decoder_pairs import EncoderDecoderPairBuilder
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions, PromptAndAnswer
+from orpo_plugins.data.row_formats import parse_row
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import TokenSequence
-from orpo_plugins.data.pairs import Answer, BuiltPair, Dropped, PairBuilder, PairOptions
 from orpo_plugins.targets import IGNORE_INDEX, prompt_length
-from orpo_plugins.data.row_formats import parse_row
-from orpo_plugins.data.encoder_decoder_pairs import EncoderDecoderPairBuilder
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """The columns of a tokenized row: ids, and labels that are -100 on the prompt."""
@@ -71,7 +71,7 @@ class RowTokenizer:
         return self.builder.fit(chosen, rejected)
 
 
-def tokenized_answer(row: Mapping[str, Any], name: str) -> Answer:
+def tokenized_answer(row: Mapping[str, Any], name: str) -> PromptAndAnswer:
     """Reads `<name>_input_ids` and `<name>_labels`, without what `<name>_attention_mask` masks; checks them."""
     ids, labels = _integers(row, f"{name}_input_ids"), _integers(row, f"{name}_labels")
     if len(ids) != len(labels):
@@ -91,7 +91,7 @@ def tokenized_answer(row: Mapping[str, Any], name: str) -> Answer:
                 f"token at the same position (not shifted), or {IGNORE_INDEX}"
             )
     start = prompt_length(labels)
-    return Answer(ids[:start], ids[start:], labels[start:])
+    return PromptAndAnswer(ids[:start], ids[start:], labels[start:])
 
 
 def _number(row: Mapping[str, Any], column: str) -> float:

@@ -1,1 +1,52 @@
-"""Everything that an author of a plugin imports."""
+"""Everything that the author of a plugin imports.
+
+from orpo_plugins import hooks
+
+@hooks.hookimpl
+def orpo_loss_terms():
+    return [hooks.LossTerm(name="simpo", compute=simpo)]
+"""
+
+from orpo_plugins.hooks.plugins import get_plugin_manager
+from orpo_plugins.hooks.specs import hookimpl
+from orpo_plugins.hooks.types import (
+    HeadOptions,
+    HeadResult,
+    Kernel,
+    KernelFunction,
+    Layout,
+    LayoutFunction,
+    Message,
+    Method,
+    Metric,
+    Objective,
+    Pair,
+    Preference,
+    RowFormat,
+    TokenSequence,
+)
+from orpo_plugins.objective import LossTerm, ORPOOutput, PairLogps
+from orpo_plugins.targets import Targets
+
+__all__ = [
+    "HeadOptions",
+    "HeadResult",
+    "Kernel",
+    "KernelFunction",
+    "Layout",
+    "LayoutFunction",
+    "LossTerm",
+    "Message",
+    "Method",
+    "Metric",
+    "ORPOOutput",
+    "Objective",
+    "Pair",
+    "PairLogps",
+    "Preference",
+    "RowFormat",
+    "Targets",
+    "TokenSequence",
+    "get_plugin_manager",
+    "hookimpl",
+]

@@ -5,10 +5,10 @@ from types import ModuleType
 
 def plugins() -> dict[str, ModuleType]:
     """Modules whose functions implement the hooks; torch is the heaviest thing that they import."""
-    from orpo_plugins.hooks import methods as announced
-    from orpo_plugins.layouts import padded as layouts
     from orpo_plugins.data import row_formats
+    from orpo_plugins.hooks import methods as announced
     from orpo_plugins.kernels import chunked, reference, triton_head
+    from orpo_plugins.layouts import padded as layouts
 
     return {
         "orpo-row-formats": row_formats,

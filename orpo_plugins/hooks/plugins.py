@@ -7,8 +7,8 @@ from typing import Protocol, TypeVar
 import pluggy
 import torch
 
-from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks.types import Kernel, Layout, Method, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 

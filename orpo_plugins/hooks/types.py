@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.objective import ORPOOutput, PairLogps
-from orpo_plugins.targets import Predictions
+from orpo_plugins.targets import Targets
 
 Message = dict[str, Any]
 """One chat message: `role`, `content` and whatever else the chat template reads."""
@@ -99,7 +99,7 @@ class LayoutFunction(Protocol):
 
         All tensors, but for keywords of a layout's own that its attention function reads.
 
-        `labels` is the [N, 4] table of `Predictions`, pair by pair.  `shift_labels` [2B, L] holds the NLL's target
+        `labels` is the [N, 4] table of `Targets`, pair by pair.  `shift_labels` [2B, L] holds the NLL's target
         tokens of each sequence and -100 elsewhere: a stock Trainer counts them for its token normalization,
         and its first dimension tells B without a device sync.
         """
@@ -129,10 +129,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
-    """What a kernel differentiates: sum(nll_weights * NLL per line) + pair_loss(mean log-probabilities)."""
+    """What a kernel differentiates: sum(nll_weights * NLL per target) + pair_loss(mean log-probabilities)."""
 
     nll_weights: Tensor
-    """fp32 [N]: the weight of each line's negative log-probability in the loss; 0 where not `in_nll`."""
+    """fp32 [N]: the weight of each target's negative log-probability in the loss; 0 where not `in_nll`."""
     pair_loss: Callable[[PairLogps], Tensor]
     """Differentiable; maps `PairLogps` to the scalar that is added to the NLL, normalization included."""
 
@@ -158,11 +158,11 @@ class HeadResult:
     loss: Tensor
     """fp32 scalar, differentiable in hidden, weight and bias."""
     nll_loss: Tensor
-    """fp32 scalar, detached: sum(nll_weights * NLL per line)."""
+    """fp32 scalar, detached: sum(nll_weights * NLL per target)."""
     logps: Tensor
     """fp32 [2B], detached: mean log-probability per sequence."""
     logit_means: Tensor | None = None
-    """fp32 [N], detached: the mean over the vocabulary of each line's logits, where asked for."""
+    """fp32 [N], detached: the mean over the vocabulary of each target's logits, where asked for."""
 
 
 class KernelFunction(Protocol):
@@ -173,13 +173,13 @@ class KernelFunction(Protocol):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        predictions: Predictions,
+        targets: Targets,
         objective: Objective,
         options: HeadOptions,
     ) -> HeadResult:
-        """`hidden` [M, H] has a row per position, of which `predictions.rows` [N] says what to read for each line.
+        """`hidden` [M, H] has a row per position, of which `targets.positions` [N] says what to read for each target.
 
-        `weight` is [V, H], `bias` [V].  What stands in rows that no line reads must not matter.
+        `weight` is [V, H], `bias` [V].  What stands in rows that no target reads must not matter.
         """
 
 

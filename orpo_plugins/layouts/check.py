@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orpo_plugins.forward import check_vocabulary, orpo_forward, targets_of
 from orpo_plugins.hooks import plugins
-from orpo_plugins.forward import check_vocabulary, orpo_forward, predictions_of
-from orpo_plugins.models.head import evaluating, head_options, output_head, text_config_of, unwrap_model
 from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
-from orpo_plugins.models.checks import examine
 from orpo_plugins.layouts.one_row import common_prefix
+from orpo_plugins.models.checks import examine
+from orpo_plugins.models.head import evaluating, head_options, output_head, text_config_of, unwrap_model
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """By the coarsest dtype of a computation: what a row may differ by, relative to its length.
 
 About ten times what right layouts show, since other kernels and shapes add up in another order.
 """
-_SIXTEEN_BITS = 1e-3
+LOW_PRECISION_TOLERANCE = 1e-3
 """Tolerances above are those of 16 bits and fewer."""
-_OF_A_LAYER = 0.25
+LAYER_SHARE = 0.25
 """What one layer may differ by, as a part of the tolerance for all of them.
 
 Measured in bf16 on random models of up to 24 layers, as parts of that tolerance: right layers differ by at most 0.11,
@@ -72,7 +72,7 @@ class LayoutReport:
         """In 16 bits a chain of right layers may end anywhere: routers send rows near a tie to other experts."""
         if self.layer_difference is None or not math.isfinite(self.row_difference + self.loss_difference):
             return False
-        return self.tolerance > _SIXTEEN_BITS and self.layer_difference <= _OF_A_LAYER * self.tolerance
+        return self.tolerance > LOW_PRECISION_TOLERANCE and self.layer_difference <= LAYER_SHARE * self.tolerance
 
     def message(self) -> str:
         """The finding and the remedy, for the log or an error."""
@@ -87,7 +87,7 @@ class LayoutReport:
             return (
                 f"{text}. More than the tolerance is the rounding of {self.dtype} here, which grows from layer to "
                 f"layer: with the inputs of 'padded', no layer differs by more than {self.layer_difference:.1e} "
-                f"(tolerance {_OF_A_LAYER * self.tolerance:.0e})"
+                f"(tolerance {LAYER_SHARE * self.tolerance:.0e})"
             )
         where = "no single layer" if self.first_layer is None else self.first_layer
         return f"{text}. It first shows in {where}. Use layout='padded' for this model, and please report it"
@@ -126,13 +126,13 @@ def check_layout(
     beginnings = _beginnings(pairs)
     if not all(torch.equal(one["input_ids"], whole["input_ids"]) for one, whole in zip(batches, wholes, strict=True)):
         wholes, beginnings = batches, []  # a plugin's layout that goes by the labels: what predicts something, then
-    check_vocabulary(model, batches[0]["input_ids"], predictions_of(batches[0]).tokens)
+    check_vocabulary(model, batches[0]["input_ids"], targets_of(batches[0]).token_ids)
     with torch.no_grad(), evaluating(model):
         examine(model, batches[0])  # what runs the model on a few tokens must not pass by the hooks below
         if kernel != "reference":
             head_options(model, batches[0]["input_ids"])
         expected, found = (
-            _run(model, one, batch, predictions_of(whole).rows, kernel)
+            _run(model, one, batch, targets_of(whole).positions, kernel)
             for one, batch, whole in zip(layouts, batches, wholes, strict=True)
         )
         report = LayoutReport(
@@ -145,7 +145,7 @@ def check_layout(
         if not on_any_rank(not report.passed):
             return report
         by_layers = _layer_by_layer(model, layouts, wholes, beginnings, kernel)
-    limit = _OF_A_LAYER * report.tolerance
+    limit = LAYER_SHARE * report.tolerance
     return replace(
         report,
         layer_difference=max(by_layers.values(), key=lambda value: math.inf if math.isnan(value) else value),
@@ -207,7 +207,7 @@ _LOSS = "the loss"
 
 
 def _all_answer(pair: Pair) -> Pair:
-    """The pair with every token in its answer, so that the table of predictions has a line for each of them."""
+    """The pair with every token in its answer, so that the table of predictions has a target for each of them."""
     chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
     return Pair(
         chosen=TokenSequence(input_ids=chosen, labels=chosen),
@@ -220,14 +220,14 @@ def _beginnings(pairs: Sequence[Pair]) -> list[list[int]]:
 
     A short convolution that runs on from what stands before moves these alone, which are too few for a quantile.
     """
-    first, apart, line = [], [], 0
+    first, apart, target = [], [], 0
     for pair in pairs:
         chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
-        line += len(chosen) - 1
-        shared, lines = common_prefix(chosen, rejected), max(0, len(rejected) - 1)
-        first += [line] if lines else []
-        apart += [line + shared] if shared < lines else []
-        line += lines
+        target += len(chosen) - 1
+        shared, targets = common_prefix(chosen, rejected), max(0, len(rejected) - 1)
+        first += [target] if targets else []
+        apart += [target + shared] if shared < targets else []
+        target += targets
     return [first, apart]
 
 
@@ -240,7 +240,7 @@ def _layer_by_layer(
 ) -> dict[str, float]:
     """How far the output of each layer is from *padded*'s, given *padded*'s inputs; and the loss, given its last.
 
-    A layer's output is looked at where it goes into the next one, or into the head.  No line of the table has a
+    A layer's output is looked at where it goes into the next one, or into the head.  No target of the table has a
     sequence's last row, whose hidden states stay the layout's own: none of the other rows attends to it.
     """
     padded, other = layouts
@@ -276,7 +276,7 @@ def _layer_by_layer(
 
     losses = []
     for layout, batch, look in ((padded, batches[0], record), (other, batches[1], compare)):
-        rows, total = predictions_of(batch).rows, batch["input_ids"].numel()
+        rows, total = targets_of(batch).positions, batch["input_ids"].numel()
         with ExitStack() as stack:
             for stage, module in enumerate(stages):
                 stack.enter_context(module.register_forward_pre_hook(look(stage, rows, total), with_kwargs=True))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.errors import BatchError, ModelError
-from orpo_plugins.models.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
-from orpo_plugins.layouts.padded import Line, nll_targets
+from orpo_plugins.layouts.padded import Target, nll_targets
+from orpo_plugins.models.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.targets import IGNORE_INDEX, IN_ANSWER, IN_DECODER, IN_NLL, prompt_length
 
 DECODER_LABELS = "decoder_labels"
@@ -48,19 +48,19 @@ def collate_seq2seq(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) 
     parts = chosen + rejected
     answers = [answer for _, answer, _ in parts]
     width = max(map(len, answers))
-    lines = [
-        line
+    targets = [
+        target
         for pair in range(len(pairs))
         for row in (pair, len(pairs) + pair)
-        for line in _lines(parts[row][1], parts[row][2], row, width, chosen=row < len(pairs))
+        for target in _targets(parts[row][1], parts[row][2], row, width, chosen=row < len(pairs))
     ]
     input_ids = _padded([prompt for prompt, _, _ in parts], pad_token_id)
     return {
         "input_ids": input_ids,
         "attention_mask": _padded([[1] * len(prompt) for prompt, _, _ in parts], 0),
         DECODER_LABELS: _padded(answers, IGNORE_INDEX),
-        "labels": torch.tensor(lines, dtype=torch.long).reshape(-1, 4),
-        "shift_labels": nll_targets(lines, 2 * len(pairs)),
+        "labels": torch.tensor(targets, dtype=torch.long).reshape(-1, 4),
+        "shift_labels": nll_targets(targets, 2 * len(pairs)),
     }
 
 
@@ -110,7 +110,7 @@ def shifted(model: Any, labels: Tensor) -> Tensor:
     return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, config.pad_token_id)], dim=1)
 
 
-def _lines(answer: list[int], labels: list[int], row: int, width: int, *, chosen: bool) -> list[Line]:
+def _targets(answer: list[int], labels: list[int], row: int, width: int, *, chosen: bool) -> list[Target]:
     terms = IN_DECODER | IN_ANSWER | (IN_NLL if chosen else 0)
     return [
         (row * width + position, token, row, terms)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from orpo_plugins.hooks.types import Layout, Pair
-from orpo_plugins.layouts.padded import Line, nll_targets, sequence_lines
+from orpo_plugins.layouts.padded import Target, nll_targets, sequence_targets
 
 SPANS = "orpo_spans"
 """The keyword argument under which a batch carries its `Spans`."""
@@ -84,7 +84,7 @@ def collate_packed(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -
     for index, pair in enumerate(pairs):
         for sequence, number, term in ((pair.chosen, index, nll_over), (pair.rejected, len(pairs) + index, None)):
             start = len(batch.input_ids)
-            batch.lines += sequence_lines(sequence, start, number, nll_over=term)
+            batch.targets += sequence_targets(sequence, start, number, nll_over=term)
             batch.add(sequence.input_ids)
     return batch.tensors()
 
@@ -92,20 +92,20 @@ def collate_packed(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -
 def collate_shared(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Any]:
     """[1, S] with every shared prefix counted once; see `LayoutFunction` for the keys.
 
-    A row that ends the shared prefix predicts the first token of both rests: two lines of `labels` name it.
+    A row that ends the shared prefix predicts the first token of both rests: two targets of `labels` name it.
     """
     del pad_token_id
     batch = _OneRow(num_pairs=len(pairs))
     for index, pair in enumerate(pairs):
         chosen, rejected = pair.chosen, pair.rejected
         start, shared = len(batch.input_ids), common_prefix(chosen.input_ids, rejected.input_ids)
-        batch.lines += sequence_lines(chosen, start, index, nll_over=nll_over)
+        batch.targets += sequence_targets(chosen, start, index, nll_over=nll_over)
         batch.add(chosen.input_ids)
         # Row p of the rejected sequence is row p of the pair up to the shared prefix and follows the chosen rest after.
         jump = len(chosen.input_ids) - shared
-        batch.lines += [
+        batch.targets += [
             (start + row if row < shared else start + row + jump, token, number, terms)
-            for row, token, number, terms in sequence_lines(rejected, 0, len(pairs) + index, nll_over=None)
+            for row, token, number, terms in sequence_targets(rejected, 0, len(pairs) + index, nll_over=None)
         ]
         batch.add(rejected.input_ids[shared:], context_start=start, context_length=shared)
     return batch.tensors()
@@ -125,7 +125,7 @@ class _OneRow:
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
 
     def add(self, tokens: Sequence[int], *, context_start: int = 0, context_length: int = 0) -> None:
         if not tokens:
@@ -139,8 +139,8 @@ class _OneRow:
             "input_ids": torch.tensor([self.input_ids], dtype=torch.long),
             "position_ids": torch.tensor([self.position_ids], dtype=torch.long),
             SPANS: Spans(spans=tuple(self.spans)),
-            "labels": torch.tensor(self.lines, dtype=torch.long).reshape(-1, 4),
-            "shift_labels": nll_targets(self.lines, 2 * self.num_pairs),
+            "labels": torch.tensor(self.targets, dtype=torch.long).reshape(-1, 4),
+            "shift_labels": nll_targets(self.targets, 2 * self.num_pairs),
         }
 
 

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orpo_plugins.models.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
+from orpo_plugins.models.head import is_encoder_decoder, unwrap_model
 from orpo_plugins.targets import IGNORE_INDEX, IN_ANSWER, IN_NLL
 
-Line = tuple[int, int, int, int]
-"""One line of the `labels` table: (row, token, sequence, terms)."""
+Target = tuple[int, int, int, int]
+"""One target of the `labels` table: (row, token, sequence, terms)."""
 
 
 @hookimpl
 def orpo_layouts() -> list[Layout]:
     """The built-in layouts."""
-    from orpo_plugins.layouts import one_row as packing
     from orpo_plugins.layouts import encoder_decoder as seq2seq
+    from orpo_plugins.layouts import one_row as packing
 
     return [
         Layout(name="padded", collate=collate_padded, unsupported=_not_a_decoder),
@@ -47,42 +47,44 @@ def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
         attention_mask[row, : len(sequence.input_ids)] = 1
-    lines = [
-        line
+    targets = [
+        target
         for pair in range(len(pairs))
         for row in (pair, len(pairs) + pair)
-        for line in sequence_lines(sequences[row], row * width, row, nll_over=nll_over if row < len(pairs) else None)
+        for target in sequence_targets(
+            sequences[row], row * width, row, nll_over=nll_over if row < len(pairs) else None
+        )
     ]
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": torch.tensor(lines, dtype=torch.long).reshape(-1, 4),
-        "shift_labels": nll_targets(lines, len(sequences)),
+        "labels": torch.tensor(targets, dtype=torch.long).reshape(-1, 4),
+        "shift_labels": nll_targets(targets, len(sequences)),
     }
 
 
-def sequence_lines(sequence: TokenSequence, first_row: int, index: int, *, nll_over: str | None) -> list[Line]:
-    """The lines of one contiguous sequence whose first token stands in row `first_row`.
+def sequence_targets(sequence: TokenSequence, first_row: int, index: int, *, nll_over: str | None) -> list[Target]:
+    """The targets of one contiguous sequence whose first token stands in row `first_row`.
 
     `nll_over` is "sequence" (prompt and answer), "completion" (the answer alone) or None (not in the NLL).
     """
-    lines = []
+    targets = []
     for position in range(1, len(sequence.input_ids)):
         in_answer = sequence.labels[position] != IGNORE_INDEX
         in_nll = nll_over == "sequence" or (nll_over == "completion" and in_answer)
         if in_answer or in_nll:
             terms = IN_ANSWER * in_answer | IN_NLL * in_nll
-            lines.append((first_row + position - 1, sequence.input_ids[position], index, terms))
-    return lines
+            targets.append((first_row + position - 1, sequence.input_ids[position], index, terms))
+    return targets
 
 
-def nll_targets(lines: list[Line], num_sequences: int) -> Tensor:
-    """[2B, L]: the NLL's targets by sequence, -100 elsewhere (what a stock Trainer counts)."""
-    targets: list[list[int]] = [[] for _ in range(num_sequences)]
-    for _, token, sequence, terms in lines:
+def nll_targets(targets: list[Target], num_sequences: int) -> Tensor:
+    """[2B, L]: the NLL's token ids by sequence, -100 elsewhere (what a stock Trainer counts)."""
+    by_sequence: list[list[int]] = [[] for _ in range(num_sequences)]
+    for _, token, sequence, terms in targets:
         if terms & IN_NLL:
-            targets[sequence].append(token)
-    table = torch.full((num_sequences, max(1, *map(len, targets))), IGNORE_INDEX, dtype=torch.long)
-    for row, tokens in enumerate(targets):
+            by_sequence[sequence].append(token)
+    table = torch.full((num_sequences, max(1, *map(len, by_sequence))), IGNORE_INDEX, dtype=torch.long)
+    for row, tokens in enumerate(by_sequence):
         table[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
     return table

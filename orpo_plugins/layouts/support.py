@@ -18,8 +18,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from orpo_plugins.models.head import _is_encoder_only, text_config_of, unwrap_model
 from orpo_plugins.layouts.attention import NOT_UNDERSTOOD, PREFIX, REPLACEABLE, configs
+from orpo_plugins.models.head import _is_encoder_only, text_config_of, unwrap_model
 
 FAMILIES = {
     "blt": "it joins bytes to patches along the row",

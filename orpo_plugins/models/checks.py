@@ -17,6 +17,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from orpo_plugins.errors import BatchError, ModelError
+from orpo_plugins.layouts.encoder_decoder import DECODER_LABELS
+from orpo_plugins.layouts.one_row import SPANS
 from orpo_plugins.models.head import (
     is_encoder_decoder,
     logits_of,
@@ -25,8 +27,6 @@ from orpo_plugins.models.head import (
     unwrap_model,
     wrappers,
 )
-from orpo_plugins.layouts.one_row import SPANS
-from orpo_plugins.layouts.encoder_decoder import DECODER_LABELS
 from orpo_plugins.models.virtual_tokens import check_cache, own_positions, virtual_tokens
 
 # ---- trainable

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from orpo_plugins.forward import Denominators, ORPOOptions
+from orpo_plugins.denominators import Denominators
+from orpo_plugins.forward import ORPOOptions
 from orpo_plugins.hooks import plugins
 from orpo_plugins.objective import ORPOOutput
 
@@ -47,9 +48,9 @@ def metric_sums(
     """TRL's metric keys and ours for one micro-batch, each as (sum, weight).
 
     Per pair: `rewards/*` (beta times mean log-probability), `logps/*`, `log_odds_chosen`, `log_odds_ratio`,
-    `answer_tokens/*` (tokens per answer) and the metrics of plugins.  `nll_loss` is weighted as the loss weighs it:
-    by tokens ("batch"), by micro-batch ("microbatch"), by rows ("pair").  Rows count by their weights, and in the
-    figures of pairs only where they have a rejected answer.
+    `answer_tokens/*` (tokens per answer), `loss_terms/*` (terms of plugins, unweighted) and the metrics of plugins.
+    `nll_loss` is weighted as the loss weighs it: by tokens ("batch"), by micro-batch ("microbatch"), by rows ("pair").
+    Rows count by their weights, and in the metrics of pairs only where they have a rejected answer.
     """
     chosen, rejected = output.chosen_logps.detach(), output.rejected_logps.detach()
     per_pair = {
@@ -64,6 +65,7 @@ def metric_sums(
         "answer_tokens/chosen": output.metrics["chosen_lengths"],
         "answer_tokens/rejected": output.metrics["rejected_lengths"],
     }
+    per_pair |= {name: value for name, value in output.metrics.items() if name.startswith("loss_terms/")}
     per_pair |= {metric.name: metric.compute(output).detach().float() for metric in plugins.metrics()}
     rows = output.metrics["weights"]
     pairs = torch.where(output.metrics["rejected_lengths"] > 0, rows, 0.0)

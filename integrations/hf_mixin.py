@@ -16,17 +16,9 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import has_length
 
 from orpo_plugins.data.dataset import are_several, as_rows, is_tokenized
+from orpo_plugins.denominators import Denominators, own_denominators, step_totals
 from orpo_plugins.errors import ConfigError, ModelError
-from orpo_plugins.forward import (
-    STEP_TOTALS,
-    Denominators,
-    ORPOOptions,
-    counts_of,
-    forward_with_options,
-    own_denominators,
-    router_coefficient,
-    targets_of,
-)
+from orpo_plugins.forward import STEP_TOTALS, ORPOOptions, forward_with_options
 from orpo_plugins.integrations.hf_changed_options import LOSS_OPTIONS, Option, changed, differences, values_at
 from orpo_plugins.integrations.hf_loader import check_batches, loader, pair_batches
 from orpo_plugins.integrations.hf_metrics import MetricSums, metric_sums
@@ -41,7 +33,9 @@ from orpo_plugins.integrations.hf_run_start import (
 from orpo_plugins.integrations.hf_search import checked_space, evaluation_loss
 from orpo_plugins.models.checks import check_trainable
 from orpo_plugins.models.head import keep_four_bit_trainable
+from orpo_plugins.models.router import router_coefficient
 from orpo_plugins.objective import ORPOOutput
+from orpo_plugins.targets import targets_of
 
 logger = logging.getLogger(__name__)
 
@@ -257,13 +251,10 @@ class ORPOMethods:
             self._of_the_last_pass = batches
             return [], None
         self.log_token_cost(batches[0])
-        counts = torch.stack([counts_of(targets_of(batch)) for batch in batches]).sum(0).to(device)
-        # The mean, not the sum: data parallelism averages gradients over ranks, which divides once more.
-        totals = self.accelerator.reduce(counts, reduction="mean")
-        step = Denominators.of(totals)
+        step = step_totals(batches, lambda counts: self.accelerator.reduce(counts.to(device), reduction="mean"))
         for batch in batches:
             batch[STEP_TOTALS] = step
-        return batches, totals[0]
+        return batches, step.nll_tokens
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """`Trainer`'s; a batch that is not of the loop is a step of its own."""
@@ -438,8 +429,9 @@ class ORPOMethods:
         )
         metrics = sums.pop(self.accelerator)
         options = self.orpo_options
-        if metrics and options.nll_normalization != "microbatch" and not options.loss_terms:
-            whole = metrics["nll_loss"] - options.beta * metrics["log_odds_ratio"]
+        if metrics and options.nll_normalization != "microbatch":
+            terms = (weight * metrics[f"loss_terms/{name}"] for name, weight in options.loss_terms.items())
+            whole = metrics["nll_loss"] - options.beta * metrics["log_odds_ratio"] + sum(terms)
             output.metrics[f"{metric_key_prefix}_loss"] = whole + self._router_share(metrics)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

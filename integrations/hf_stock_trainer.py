@@ -18,8 +18,9 @@ from transformers import Trainer
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import prepare_dataset
+from orpo_plugins.denominators import Denominators, counts_of
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.forward import Denominators, ORPOOptions, counts_of, nll_weights, pair_loss
+from orpo_plugins.forward import ORPOOptions, nll_weights, pair_loss
 from orpo_plugins.hooks.types import Objective
 from orpo_plugins.integrations.hf_changed_options import Option
 from orpo_plugins.integrations.hf_mixin import ORPOMethods

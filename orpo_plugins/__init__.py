@@ -20,12 +20,14 @@ _HOME = {
     "orpo_forward": "orpo_plugins.forward",
     "orpo_loss": "orpo_plugins.objective",
     "setup_chat_format": "orpo_plugins.data.chat_format",
+    "step_totals": "orpo_plugins.denominators",
 }
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from orpo_plugins.data.chat_format import setup_chat_format as setup_chat_format
     from orpo_plugins.data.collator import ORPOCollator as ORPOCollator
+    from orpo_plugins.denominators import step_totals as step_totals
     from orpo_plugins.forward import orpo_forward as orpo_forward
     from orpo_plugins.hooks.plugins import get_plugin_manager as get_plugin_manager
     from orpo_plugins.hooks.specs import hookimpl as hookimpl

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orpo_plugins.denominators import Denominators, counts_of, own_denominators
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Layout, Objective
@@ -30,12 +31,12 @@ from orpo_plugins.models.head import (
     output_head,
     replaced_forward,
     row_numbers,
-    text_config_of,
     unwrap_model,
 )
+from orpo_plugins.models.router import add_router_loss
 from orpo_plugins.models.virtual_tokens import own_positions
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
-from orpo_plugins.targets import CUT, IGNORE_INDEX, Targets
+from orpo_plugins.targets import Targets, targets_of
 
 NLL_OVER = ("sequence", "completion")
 NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
@@ -63,7 +64,7 @@ class ORPOOptions:
     memory_budget: int | None = None
     """Bytes that a kernel may hold beyond inputs and gradients; None leaves it to the kernel."""
     logit_means: bool = False
-    """Whether `figures` gets the mean logits of chosen and rejected rows (TRL's logits/chosen, logits/rejected)."""
+    """Whether `metrics` gets the mean logits of chosen and rejected rows (TRL's logits/chosen, logits/rejected)."""
 
     def __post_init__(self) -> None:
         check_coefficients(self.beta, self.odds_temperature)
@@ -73,33 +74,6 @@ class ORPOOptions:
             plugins.loss_term(name)
         if self.kernel != "auto":
             plugins.known_kernel(self.kernel)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Denominators:
-    """What the sums of one micro-batch are divided by; as tensors, so that no device has to be waited for."""
-
-    nll_tokens: Tensor | float
-    """NLL tokens of the whole optimizer step, all micro-batches and ranks, divided by the number of ranks."""
-    num_pairs: Tensor | float
-    """Pairs with a rejected answer, counted in the same way."""
-    num_examples: Tensor | float
-    """All pairs, those without a rejected answer too."""
-
-    @classmethod
-    def of(cls, counts: Tensor) -> "Denominators":
-        """From the sum of `counts_of` over micro-batches; what there is none of is divided by 1."""
-        tokens, pairs, rows = torch.where(counts > 0, counts, 1.0).unbind()
-        return cls(nll_tokens=tokens, num_pairs=pairs, num_examples=rows)
-
-
-def counts_of(targets: Targets) -> Tensor:
-    """fp32 [3]: NLL tokens, pairs with a rejected answer, and all pairs of one micro-batch, each times its weight."""
-    in_nll = targets.in_nll.float()
-    tokens = in_nll if targets.weights is None else in_nll * targets.weights
-    weights = targets.pair_weights()
-    paired = targets.answer_lengths()[targets.num_pairs :] > 0
-    return torch.stack([tokens.sum(), (weights * paired).sum(), weights.sum()])
 
 
 def orpo_forward(
@@ -114,6 +88,7 @@ def orpo_forward(
     nll_tokens: Tensor | float | None = None,
     num_pairs: Tensor | float | None = None,
     num_examples: Tensor | float | None = None,
+    totals: Denominators | None = None,
     memory_budget: int | None = None,
 ) -> ORPOOutput:
     """Runs `model` on a batch of `ORPOCollator` with a fused head and returns the objective.
@@ -135,14 +110,15 @@ def orpo_forward(
             multiplied in fp32), "triton" or a plugin's name.
         nll_normalization: "batch" and "microbatch" divide by tokens, "pair" means per answer and divides by pairs.
         loss_terms: per-pair terms of plugins to add, {name: weight}.
-        nll_tokens: the NLL's denominator; default: this batch's NLL tokens.  Under gradient accumulation pass the
-            tokens of all micro-batches of the step, under data parallelism those of all ranks divided by the ranks.
+        nll_tokens: the NLL's denominator; default: this batch's NLL tokens.
         num_pairs: the same for pairs that have a rejected answer; default: this batch's.
-        num_rows: the same for all pairs, for `nll_normalization="pair"`; default: `num_pairs`, or this batch's.
+        num_examples: the same for all pairs, for `nll_normalization="pair"`; default: `num_pairs`, or this batch's.
+        totals: these three at once, from `step_totals`: under gradient accumulation and data parallelism, those of the
+            whole optimizer step.
         memory_budget: bytes that the kernel may hold beyond inputs and gradients.
 
     Returns:
-        `ORPOOutput`; `figures` holds `chosen_lengths`, `rejected_lengths`, `weights` [B], `nll_tokens` and, for a
+        `ORPOOutput`; `metrics` holds `chosen_lengths`, `rejected_lengths`, `weights` [B], `nll_tokens` and, for a
         mixture of experts with `output_router_logits`, `aux_loss`, whose multiple is in the loss.
 
     Raises:
@@ -161,33 +137,16 @@ def orpo_forward(
         memory_budget=memory_budget,
     )
     targets = targets_of(batch)
-    own = own_denominators(targets)
+    given = (nll_tokens, num_pairs, num_examples)
+    if totals is not None and given != (None, None, None):
+        raise ConfigError("totals holds nll_tokens, num_pairs and num_examples: pass it alone, or these")
+    own = own_denominators(targets) if totals is None else totals
     totals = Denominators(
         nll_tokens=own.nll_tokens if nll_tokens is None else nll_tokens,
         num_pairs=own.num_pairs if num_pairs is None else num_pairs,
         num_examples=num_examples if num_examples is not None else own.num_examples if num_pairs is None else num_pairs,
     )
     return forward_with_options(model, batch, options, targets, totals)
-
-
-def targets_of(batch: Mapping[str, Any]) -> Targets:
-    """The prediction table of a batch; `BatchError` where it was not made by `ORPOCollator`."""
-    if not isinstance(batch.get("labels"), Tensor) or not isinstance(batch.get("shift_labels"), Tensor):
-        raise BatchError(
-            f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels"
-        )
-    labels, nll_targets = batch["labels"], batch["shift_labels"]
-    targets = Targets.from_table(labels, nll_targets.shape[0] // 2)
-    # Whoever cuts batches makes all tensors as long as the first; only then are values looked at, which a device
-    # has to be waited for.
-    if labels.shape[0] == batch["input_ids"].shape[0] and targets.in_nll.sum() != (nll_targets != IGNORE_INDEX).sum():
-        raise BatchError(CUT)
-    return targets
-
-
-def own_denominators(targets: Targets) -> Denominators:
-    """The counts of one micro-batch by itself."""
-    return Denominators.of(counts_of(targets))
 
 
 def forward_with_options(
@@ -302,6 +261,14 @@ def stand_ins(pairs: PairLogps, paired: Tensor) -> PairLogps:
     )
 
 
+def loss_term_values(logps: Tensor, targets: Targets, options: ORPOOptions) -> dict[str, Tensor]:
+    """[B] each: the terms of plugins, by "loss_terms/" and their names, from detached `logps` [2B]."""
+    (chosen, rejected), lengths = logps.view(2, -1), targets.answer_lengths().view(2, -1)
+    pairs = PairLogps(chosen=chosen, rejected=rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+    pairs = stand_ins(pairs, lengths[1] > 0)
+    return {f"loss_terms/{name}": plugins.loss_term(name).compute(pairs).detach() for name in options.loss_terms}
+
+
 Run = tuple[HeadResult, Any, Tensor | None]
 
 
@@ -392,6 +359,7 @@ def make_output(result: HeadResult, targets: Targets, options: ORPOOptions, logi
         "weights": targets.pair_weights(),
         "nll_tokens": counts_of(targets)[0],
     }
+    metrics |= loss_term_values(result.logps, targets, options)
     if logit_means is not None:
         metrics |= {"chosen_logits": logit_means[0], "rejected_logits": logit_means[1]}
     return output_of(
@@ -401,36 +369,4 @@ def make_output(result: HeadResult, targets: Targets, options: ORPOOptions, logi
         odds_temperature=options.odds_temperature,
         margins=0.0 if margins is None else margins,
         metrics=metrics,
-    )
-
-
-def add_router_loss(
-    output: ORPOOutput, outputs: Any, model: nn.Module, targets: Targets, totals: Denominators
-) -> ORPOOutput:
-    """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's rows."""
-    text = text_config_of(model)
-    if not any(getattr(config, "output_router_logits", False) for config in (config_of(model), text)):
-        return output
-    aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-    if aux_loss is None:
-        raise ModelError(
-            f"output_router_logits is set, but {type(unwrap_model(model)).__name__} returns no aux_loss, so that its "
-            "routers' share of the loss would be left out: set output_router_logits=False"
-        )
-    weight = router_coefficient(model) * (targets.pair_weights().sum() / totals.num_examples)
-    return replace(
-        output, loss=output.loss + weight * aux_loss, metrics={**output.metrics, "aux_loss": aux_loss.detach()}
-    )
-
-
-def router_coefficient(model: nn.Module) -> float:
-    """What the model itself multiplies its routers' loss by."""
-    # Most have it in the configuration; the rest (Dbrx) only as their own attribute, read when they were made.
-    for holder in (text_config_of(model), unwrap_model(model)):
-        for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            if getattr(holder, name, None) is not None:
-                return float(getattr(holder, name))
-    raise ModelError(
-        f"nothing in {type(unwrap_model(model)).__name__} says what its aux_loss is multiplied by: set "
-        "model.config.router_aux_loss_coef, or output_router_logits=False"
     )

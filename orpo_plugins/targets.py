@@ -18,8 +18,9 @@ Width, weights and margins stand in the table, and not under keys of their own, 
 nothing else of a batch to a loss function, and because Accelerate moves or cuts all tensors of a batch alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,3 +167,18 @@ class Targets:
         # A product with a one-hot matrix instead of index_add: the latter adds in a random order on GPUs.
         index = torch.arange(2 * self.num_pairs, device=values.device)
         return torch.where(self.sequence_ids[None, :] == index[:, None], values[None, :], 0.0).sum(dim=1)
+
+
+def targets_of(batch: Mapping[str, Any]) -> Targets:
+    """The targets of a batch; `BatchError` where it was not made by `ORPOCollator`."""
+    if not isinstance(batch.get("labels"), Tensor) or not isinstance(batch.get("shift_labels"), Tensor):
+        raise BatchError(
+            f"the batch has keys {sorted(batch)}: make it with ORPOCollator, which adds labels and shift_labels"
+        )
+    labels, nll_targets = batch["labels"], batch["shift_labels"]
+    targets = Targets.from_table(labels, nll_targets.shape[0] // 2)
+    # Whoever cuts batches makes all tensors as long as the first; only then are values looked at, which a device
+    # has to be waited for.
+    if labels.shape[0] == batch["input_ids"].shape[0] and targets.in_nll.sum() != (nll_targets != IGNORE_INDEX).sum():
+        raise BatchError(CUT)
+    return targets

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from helpers import assert_all_within, assert_within
 
 from orpo_plugins.errors import ModelError
-from orpo_plugins.forward import orpo_forward, router_coefficient
+from orpo_plugins.forward import orpo_forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
 from orpo_plugins.layouts.one_row import Span, Spans
+from orpo_plugins.models.router import router_coefficient
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft 0.21 asks transformers 5.23 for it

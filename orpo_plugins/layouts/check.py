@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo_plugins.forward import check_vocabulary, orpo_forward, targets_of
+from orpo_plugins.forward import check_vocabulary, orpo_forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
 from orpo_plugins.layouts.one_row import common_prefix
 from orpo_plugins.models.checks import examine
 from orpo_plugins.models.head import evaluating, head_options, output_head, text_config_of, unwrap_model
+from orpo_plugins.targets import targets_of
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """By the coarsest dtype of a computation: what a row may differ by, relative to its length.

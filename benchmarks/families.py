@@ -32,6 +32,7 @@ from orpo_plugins.layouts.one_row import SPANS, Spans
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
+EXACT_TOLERANCE = 1e-6  # in float64: some families compute norms and angles in fp32 all the same
 CONTROL = 1e-4
 """What leaving the prompt out must change the loss by at least, for the comparison to mean something."""
 VOCABULARY = 96
@@ -307,7 +308,22 @@ def pairs() -> list[Pair]:
 
 
 def compare(family: str, model: nn.Module) -> Result:
-    """Loss and gradients of the layouts against those of *padded*."""
+    """Loss and gradients of the layouts against those of *padded*.
+
+    In fp32, whose rounding differs from CPU to CPU; where it is more than usual, float64 tells it from an error.
+    """
+    loss, gradient, control = differences(model)
+    result = Result(family=family, verdict="equal", kind=kind_of(model), loss=loss, gradient=gradient)
+    if control <= CONTROL:
+        return replace(result, verdict="DIFFERENT")
+    if loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE:
+        return result
+    exact = max(differences(model.double())[:2])
+    return result if exact <= EXACT_TOLERANCE else replace(result, verdict="DIFFERENT")
+
+
+def differences(model: nn.Module) -> tuple[float, float, float]:
+    """The worst relative difference of a loss, of a gradient, and what the loss changes by without the context."""
     expected_loss, expected = loss_and_gradients(model, plugins.layout("padded"))
     scales = module_norms(expected)
     worst_loss = worst_gradient = 0.0
@@ -317,10 +333,7 @@ def compare(family: str, model: nn.Module) -> Result:
         for key, gradient in expected.items():
             difference = float((found[key] - gradient).norm())
             worst_gradient = max(worst_gradient, difference / scales[key.rpartition(".")[0]])
-    control = abs(loss_and_gradients(model, control_layout())[0] - expected_loss)
-    equal = worst_loss <= LOSS_TOLERANCE and worst_gradient <= GRADIENT_TOLERANCE
-    verdict = "equal" if equal and control > CONTROL else "DIFFERENT"
-    return Result(family=family, verdict=verdict, kind=kind_of(model), loss=worst_loss, gradient=worst_gradient)
+    return worst_loss, worst_gradient, abs(loss_and_gradients(model, control_layout())[0] - expected_loss)
 
 
 def module_norms(gradients: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -4,125 +4,48 @@ orpo_kernel: chunked          # -> AxolotlORPOConfig.kernel
 orpo_nll_normalization: pair  # -> AxolotlORPOConfig.nll_normalization
 """
 
-import difflib
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, create_model, field_validator
 
-from orpo_plugins.data.pairs import TRAIN_ON, TRUNCATION_MODES
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.forward import NLL_NORMALIZATIONS, NLL_OVER
-from orpo_plugins.hooks import plugins
-from orpo_plugins.layouts.batches import STEP_STRATEGIES
 from orpo_plugins.objective import check_coefficients
+from orpo_plugins.options import CHOICES, ORPOFields, ORPOOwnFields, check_option, did_you_mean
 
 AXOLOTL_KEYS = ("orpo_alpha",)
 """Keys beginning with `orpo_` that Axolotl itself has."""
-CHOICES = {
-    "orpo_nll_over": NLL_OVER,
-    "orpo_nll_normalization": NLL_NORMALIZATIONS,
-    "orpo_step_strategy": STEP_STRATEGIES,
-    "orpo_truncation_mode": TRUNCATION_MODES,
-    "orpo_train_on": TRAIN_ON,
-}
-"""The values of the keys that have a fixed set of them."""
+_NAMES = {*(option.name for option in dataclasses.fields(ORPOOwnFields)), "max_completion_length"}
+"""The options that have a key of ours; Axolotl has keys for the others."""
+_COLUMNS = Field(default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users.")
 
 
-class ORPOInputArgs(BaseModel):
-    """Mixed into Axolotl's config schema; every key is optional, and an absent one leaves the trainer's default."""
-
-    orpo_kernel: str | None = Field(
-        default=None,
-        description="Who computes the head: auto, reference, chunked, chunked_fp32, triton, or a plugin's name.",
-    )
-    orpo_layout: str | None = Field(
-        default=None, description="How pairs are laid out: auto, padded, packed, shared, or a plugin's name."
-    )
-    orpo_layout_check: bool | None = Field(
-        default=None, description="Whether the layout is compared with padded on two pairs before training (true)."
-    )
-    orpo_show_example: bool | None = Field(
-        default=None, description="Whether one pair is logged as text before training (true)."
-    )
-    orpo_nll_over: str | None = Field(
-        default=None, description="NLL over prompt and chosen answer (sequence) or the chosen answer (completion)."
-    )
-    orpo_nll_normalization: str | None = Field(
-        default=None, description="batch: token mean per optimizer step; microbatch: as TRL; pair: mean per answer."
-    )
-    orpo_max_tokens_per_batch: int | None = Field(
-        default=None, gt=0, description="Most tokens of a training batch, as the layout computes them."
-    )
-    orpo_step_strategy: str | None = Field(
-        default=None,
-        description="What orpo_max_tokens_per_batch keeps: each step's pairs (pairs), or full batches (tokens).",
-    )
-    orpo_odds_temperature: float | None = Field(
-        default=None, description="Multiplies the log odds ratio inside the sigmoid; > 0."
-    )
-    orpo_loss_terms: dict[str, float] | None = Field(
-        default=None, description="Per-pair terms of plugins to add, {name: weight}."
-    )
-    orpo_memory_budget: int | None = Field(
-        default=None, gt=0, description="Bytes that the head may hold beyond inputs and gradients."
-    )
-    orpo_max_prompt_length: int | None = Field(default=None, gt=0, description="Longest prompt, in tokens.")
-    orpo_max_completion_length: int | None = Field(default=None, gt=0, description="Longest answer, in tokens.")
-    orpo_truncation_mode: str | None = Field(
-        default=None, description="Which part of a prompt that is too long stays: keep_end or keep_start."
-    )
-    orpo_sft_rows: bool | None = Field(
-        default=None, description="Whether rows may have no rejected answer; they are trained with the NLL alone."
-    )
-    orpo_train_on: str | None = Field(
-        default=None, description="Which assistant turns of an answer of several are trained: all_assistant or last."
-    )
-    orpo_template_strings: bool | None = Field(
-        default=None, description="Whether the chat template is applied to rows of strings, in every dataset."
-    )
-    orpo_columns: dict[str, list[dict[str, str]]] | None = Field(
-        default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users."
-    )
-
-    @field_validator("orpo_kernel")
+class _Checked(BaseModel):
+    @field_validator("*", check_fields=False)
     @classmethod
-    def _kernel_is_known(cls, value: str | None) -> str | None:
-        if value not in (None, "auto"):
-            plugins.known_kernel(value)
-        return value
-
-    @field_validator("orpo_layout")
-    @classmethod
-    def _layout_is_known(cls, value: str | None) -> str | None:
-        if value not in (None, "auto"):
-            plugins.layout(value)
-        return value
-
-    @field_validator(*CHOICES)
-    @classmethod
-    def _choice_is_known(cls, value: str | None, info: ValidationInfo) -> str | None:
-        known = CHOICES[str(info.field_name)]
-        if value is not None and value not in known:
-            raise ConfigError(f"unknown {info.field_name} {value!r}; known: {', '.join(known)}")
-        return value
-
-    @field_validator("orpo_odds_temperature")
-    @classmethod
-    def _odds_temperature_in_range(cls, value: float | None) -> float | None:
+    def _is_known(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
-            check_coefficients(0.0, value)
-        return value
-
-    @field_validator("orpo_loss_terms")
-    @classmethod
-    def _loss_terms_are_known(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for name in value or {}:
-            plugins.loss_term(name)
+            check_option(str(info.field_name).removeprefix("orpo_"), value, label=info.field_name)
         return value
 
 
+def _key(option: dataclasses.Field[Any]) -> tuple[Any, Any]:
+    """The type and the description of an option's key: absent, it leaves the trainer's default."""
+    kind: Any = dict[str, float] if option.name == "loss_terms" else option.type
+    if option.name in CHOICES:
+        kind = str  # `check_option` lists the values
+    least = 0 if option.type == int | None else None
+    return kind | None, Field(default=None, gt=least, description=str(option.metadata["help"]))
+
+
+_FIELDS: dict[str, Any] = {
+    **{f"orpo_{option.name}": _key(option) for option in dataclasses.fields(ORPOFields) if option.name in _NAMES},
+    "orpo_columns": (dict[str, list[dict[str, str]]] | None, _COLUMNS),
+}
+ORPOInputArgs: type[BaseModel] = create_model("ORPOInputArgs", __base__=_Checked, **_FIELDS)
+"""Mixed into Axolotl's config schema; every key is optional."""
 KEYS = tuple(name for name in ORPOInputArgs.model_fields if name != "orpo_columns")
 """The YAML keys, for messages."""
 
@@ -132,9 +55,9 @@ def check_keys(keys: Iterable[str]) -> None:
     known = (*AXOLOTL_KEYS, *ORPOInputArgs.model_fields)
     for key in keys:
         if key.startswith("orpo_") and key not in known:
-            close = difflib.get_close_matches(key, (*AXOLOTL_KEYS, *KEYS), n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(f"unknown YAML key {key!r}{hint}; known: {', '.join((*AXOLOTL_KEYS, *KEYS))}")
+            ours = (*AXOLOTL_KEYS, *KEYS)
+            hint = did_you_mean(key, ours, form=" (did you mean {}?)")
+            raise ConfigError(f"unknown YAML key {key!r}{hint}; known: {', '.join(ours)}")
 
 
 def check_beta(cfg: Mapping[str, Any]) -> None:
@@ -167,8 +90,6 @@ def add_training_arguments() -> None:
     other defaults, and only if no run of the process, or import, has loaded Axolotl's arguments before.
     """
     from axolotl.core import training_args
-
-    from orpo_plugins.integrations.hf_config import ORPOOwnFields
 
     if issubclass(training_args.AxolotlORPOConfig, ORPOOwnFields):
         return

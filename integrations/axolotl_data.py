@@ -330,7 +330,7 @@ def length_strategy(cfg: Any) -> str:
 
 def pair_options(cfg: Any, dataset: Any, *, truncate: bool) -> Any:
     """How the rows of a dataset become pairs; `sequence_len` counts only where longer rows are to be cut."""
-    from orpo_plugins.data.pairs import PairOptions
+    from orpo_plugins.options import PairOptions
 
     return PairOptions(
         max_length=cfg.sequence_len if truncate else None,

@@ -51,6 +51,7 @@ _PHRASES: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"Make it a string \(dataset\.cast_column\([^()]*\('string'\)\), or str\(\.\.\.\) where rows are dicts\)": (
         "Make it a string in the file"
     ),
+    r"or set template_strings=False": "or set orpo_template_strings: false, without type: chat_template",
     r"Rename columns, or register": "Name the columns with field_prompt, field_chosen, field_rejected or "
     "field_messages, or register",
     r"set tokenizer\.chat_template, or call model, tokenizer = orpo_plugins\.setup_chat_format\(model, tokenizer\) "

@@ -6,7 +6,6 @@ orpo-plugins info                                                  versions, and
 """
 
 import argparse
-import difflib
 import importlib.metadata
 import subprocess
 import sys
@@ -96,11 +95,12 @@ def starts_too_few(launch: argparse.Namespace, *, use_cpu: bool) -> bool:
 
 def _refuse_unknown(arguments: list[str], parser: argparse.ArgumentParser, launcher: argparse.ArgumentParser) -> None:
     for_launch = {option for action in launcher._actions for option in action.option_strings}
+    from orpo_plugins.options import did_you_mean
+
     for_script = {option for action in parser._actions for option in action.option_strings}
     for name in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
         if name not in for_launch:
-            close = difflib.get_close_matches(name, for_launch | for_script, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, for_launch | for_script, form="; did you mean {}?")
             raise ConfigError(f"{name} is an option of neither the training script nor accelerate launch{hint}")
 
 

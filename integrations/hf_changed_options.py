@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.forward import ORPOOptions
+from orpo_plugins.options import ORPOOptions
 
 LOSS_OPTIONS = tuple(field.name for field in fields(ORPOOptions) if field.name != "logit_means")
 """Read at every step."""

@@ -20,7 +20,8 @@ from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import is_tokenized
 from orpo_plugins.data.tokenized_rows import COLUMNS
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.layouts.batches import PairBatches, check_batch_options
+from orpo_plugins.layouts.batches import PairBatches
+from orpo_plugins.options import check_batch_options
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.denominators import Denominators
-from orpo_plugins.forward import ORPOOptions
 from orpo_plugins.hooks import plugins
 from orpo_plugins.objective import ORPOOutput
+from orpo_plugins.options import ORPOOptions
 
 
 class MetricSums:

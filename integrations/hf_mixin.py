@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from orpo_plugins.data.dataset import are_several, as_rows, is_tokenized
 from orpo_plugins.denominators import Denominators, own_denominators, step_totals
 from orpo_plugins.errors import ConfigError, ModelError
-from orpo_plugins.forward import STEP_TOTALS, ORPOOptions, forward_with_options
+from orpo_plugins.forward import STEP_TOTALS, forward_with_options
 from orpo_plugins.integrations.hf_changed_options import LOSS_OPTIONS, Option, changed, differences, values_at
 from orpo_plugins.integrations.hf_loader import check_batches, loader, pair_batches
 from orpo_plugins.integrations.hf_metrics import MetricSums, metric_sums
@@ -35,6 +35,7 @@ from orpo_plugins.models.checks import check_trainable
 from orpo_plugins.models.head import keep_four_bit_trainable
 from orpo_plugins.models.router import router_coefficient
 from orpo_plugins.objective import ORPOOutput
+from orpo_plugins.options import ORPOOptions
 from orpo_plugins.targets import targets_of
 
 logger = logging.getLogger(__name__)
@@ -118,11 +119,7 @@ class ORPOMethods:
 
     def set_up_orpo(self, *, layout_check: bool = True) -> None:
         """Called once, after the base class is initialized; `ConfigError` for an argument that would be ignored."""
-        if self.args.label_smoothing_factor:
-            raise ConfigError(
-                f"label_smoothing_factor is {self.args.label_smoothing_factor}, and ORPO's loss smooths no labels: "
-                "leave it out"
-            )
+        self._check_smoothing()
         self._keep_batches_whole()
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._step_totals: Denominators | None = None
@@ -167,10 +164,18 @@ class ORPOMethods:
 
     def follow_options(self) -> None:
         """Applies what has changed in the arguments since the last run, or raises `ConfigError`; see `live_options`."""
+        self._check_smoothing()
         new = changed(self._followed, self.args, running=self._running)
         if new:
             self.apply_options(new)
             self._followed = values_at(self.args)
+
+    def _check_smoothing(self) -> None:
+        if self.args.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, and ORPO's loss smooths no labels: "
+                "leave it out"
+            )
 
     def apply_options(self, new: dict[str, Any]) -> None:
         """Applies `RUN_OPTIONS` with their new values; the batches read theirs when they are made."""

@@ -1,12 +1,12 @@
 """What `Trainer.hyperparameter_search` leaves to luck: names that are no arguments, and a sum of all metrics."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.integrations.hf_changed_options import LOSS_OPTIONS
 from orpo_plugins.integrations.hf_legacy_arguments import RENAMED
+from orpo_plugins.options import did_you_mean
 
 
 def checked_space(space: Callable[[Any], dict[str, Any]], args: Any) -> Callable[[Any], dict[str, Any]]:
@@ -30,8 +30,7 @@ def checked_space(space: Callable[[Any], dict[str, Any]], args: Any) -> Callable
 def _hint(name: str, args: Any) -> str:
     if name in LOSS_OPTIONS:
         return ": search with ORPOTrainer and ORPOConfig, which does"
-    close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, vars(args), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {RENAMED[name]!r}?" if name in RENAMED else did_you_mean(name, vars(args))
 
 
 def evaluation_loss(metrics: Mapping[str, float], eval_dataset: Any) -> float:

@@ -20,16 +20,20 @@ from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import prepare_dataset
 from orpo_plugins.denominators import Denominators, counts_of
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.forward import ORPOOptions, nll_weights, pair_loss
+from orpo_plugins.forward import nll_weights, pair_loss
 from orpo_plugins.hooks.types import Objective
-from orpo_plugins.integrations.hf_changed_options import Option
+from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS, Option
+from orpo_plugins.integrations.hf_legacy_arguments import is_legacy
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.models.checks import check_gradient
 from orpo_plugins.models.head import logits_of
+from orpo_plugins.options import NLLNormalization, ORPOOptions
 from orpo_plugins.targets import IN_DECODER, Targets, width_of
 
 logger = logging.getLogger(__name__)
+
+_OPTIONS = frozenset([*LOSS_OPTIONS, *RUN_OPTIONS, *FIXED_OPTIONS])
 
 
 class ORPOLoss:
@@ -57,6 +61,15 @@ class ORPOLoss:
         self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
         self._warned = False
         self._checked = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises `ConfigError` for an option that is no option of a loss function."""
+        if name not in ("beta", "odds_temperature") and (name in _OPTIONS or is_legacy(name)):
+            raise ConfigError(
+                f"{name}={value!r} would have no effect on an ORPOLoss, which has beta and odds_temperature: "
+                "fuse_head(trainer) has kernel and nll_normalization, ORPOTrainer and ORPOConfig have all options"
+            )
+        super().__setattr__(name, value)
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         """The loss of one micro-batch; `labels` is the table that `ORPOCollator` makes."""
@@ -166,6 +179,22 @@ class FusedHead(ORPOMethods):
             raise ConfigError(f"compute_loss_func={function!r} would never be called: set an ORPOLoss")
         self.orpo_loss = function
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises `ConfigError` for an option that a stock trainer has not."""
+        if name in _OPTIONS and name not in LOSS_OPTIONS:
+            raise ConfigError(
+                f"trainer.{name}={value!r} would have no effect: it is an option of ORPOCollator or fuse_head, "
+                "read when they are called"
+            )
+        super().__setattr__(name, value)
+
+    def follow_options(self) -> None:
+        """Raises `ConfigError` for options among the arguments, which a stock trainer's have not."""
+        for name in _OPTIONS & vars(self.args).keys():
+            where = f"set trainer.{name}" if name in LOSS_OPTIONS else "pass it to ORPOCollator or fuse_head"
+            raise ConfigError(f"args.{name}={getattr(self.args, name)!r} would have no effect under fuse_head: {where}")
+        super().follow_options()
+
     def prepare_rows(self, rows: Any, name: str) -> Any:
         """Prepared with the options of the collator."""
         collator = self.data_collator
@@ -181,7 +210,7 @@ _NOT_CALLED = {
 
 
 def fuse_head(
-    trainer: Trainer, *, kernel: str = "auto", nll_normalization: str = "batch", layout_check: bool = True
+    trainer: Trainer, *, kernel: str = "auto", nll_normalization: NLLNormalization = "batch", layout_check: bool = True
 ) -> Trainer:
     """Puts the fused head, exact step normalization and ORPO's metrics into a stock Trainer; returns it.
 

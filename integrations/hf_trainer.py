@@ -23,18 +23,18 @@ from transformers.trainer_utils import number_of_arguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.hooks.plugins import best_layout, kernel
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, RUN_OPTIONS, cannot_change
-from orpo_plugins.integrations.hf_config import ORPOConfig, ORPOFields
+from orpo_plugins.integrations.hf_config import ORPOConfig
 from orpo_plugins.integrations.hf_generation import log_generations
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, todays_name
 from orpo_plugins.integrations.hf_loader import check_batches
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.models.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.models.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
+from orpo_plugins.options import ORPOFields, PairOptions
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import functools
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,45 +35,15 @@ from orpo_plugins.models.head import (
 )
 from orpo_plugins.models.router import add_router_loss
 from orpo_plugins.models.virtual_tokens import own_positions
-from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
+from orpo_plugins.objective import ORPOOutput, PairLogps, odds_ratio_loss, output_of
+from orpo_plugins.options import NLLNormalization, ORPOOptions
 from orpo_plugins.targets import Targets, targets_of
 
-NLL_OVER = ("sequence", "completion")
-NLL_NORMALIZATIONS = ("batch", "microbatch", "pair")
 STEP_TOTALS = "orpo_step_totals"
 """The key under which a batch of a Trainer's loop carries the `Denominators` of its optimizer step."""
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels", STEP_TOTALS)
 _supported: "weakref.WeakKeyDictionary[nn.Module, set[tuple[str, str | None]]]" = weakref.WeakKeyDictionary()
 """Of every model, the layouts that it was found to run, each with the attention implementation it had then."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ORPOOptions:
-    """What defines the loss, whoever computes it."""
-
-    beta: float = 0.1
-    """The paper's lambda: weight of the odds-ratio term."""
-    odds_temperature: float = 1.0
-    """Multiplies the log odds ratio inside the sigmoid."""
-    nll_normalization: str = "batch"
-    """"batch" or "microbatch": mean over tokens; "pair": mean per answer, then over pairs."""
-    loss_terms: Mapping[str, float] = field(default_factory=dict)
-    """Further per-pair terms of plugins, by name, with their weights."""
-    kernel: str = "auto"
-    """Who computes the head: "auto", "reference", "chunked", "chunked_fp32", "triton" or a plugin's."""
-    memory_budget: int | None = None
-    """Bytes that a kernel may hold beyond inputs and gradients; None leaves it to the kernel."""
-    logit_means: bool = False
-    """Whether `metrics` gets the mean logits of chosen and rejected rows (TRL's logits/chosen, logits/rejected)."""
-
-    def __post_init__(self) -> None:
-        check_coefficients(self.beta, self.odds_temperature)
-        if self.nll_normalization not in NLL_NORMALIZATIONS:
-            raise ConfigError(f"unknown nll_normalization {self.nll_normalization!r}; known: {NLL_NORMALIZATIONS}")
-        for name in self.loss_terms:
-            plugins.loss_term(name)
-        if self.kernel != "auto":
-            plugins.known_kernel(self.kernel)
 
 
 def orpo_forward(
@@ -83,7 +53,7 @@ def orpo_forward(
     beta: float = 0.1,
     odds_temperature: float = 1.0,
     kernel: str = "auto",
-    nll_normalization: str = "batch",
+    nll_normalization: NLLNormalization = "batch",
     loss_terms: Mapping[str, float] | None = None,
     nll_tokens: Tensor | float | None = None,
     num_pairs: Tensor | float | None = None,

@@ -6,12 +6,12 @@ ORPOConfig(output_dir="out", **preset("mistral-orpo-beta") | {"num_train_epochs"
 Only what a source states is set; everything else keeps its default.  Batch sizes are per device.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.options import did_you_mean
 
 _CODE = "github.com/xfactlab/orpo"
 
@@ -78,7 +78,5 @@ PRESETS: Mapping[str, Preset] = {
 def preset(name: str) -> dict[str, Any]:
     """A copy of a preset's arguments for `ORPOConfig`; `ConfigError` for an unknown name."""
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}{hint}")
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return dict(PRESETS[name].arguments)

@@ -233,7 +233,7 @@ def test_real_rows_full_fine_tuning_with_every_key_set(tmp_path: Path, files: tu
 def test_an_encoder_decoder_model_has_its_prompts_tokenized_by_themselves(tmp_path: Path) -> None:
     from datasets import load_from_disk
 
-    from orpo_plugins.data.pairs import PairOptions
+    from orpo_plugins.options import PairOptions
 
     encoder_decoder("t5").save_pretrained(tmp_path / "model")
     encoder_decoder_tokenizer().save_pretrained(tmp_path / "model")

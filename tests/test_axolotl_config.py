@@ -162,15 +162,15 @@ def test_rows_that_are_too_long_are_dropped_or_refused_as_the_strategy_says(capl
     from datasets import Dataset
 
     from orpo_plugins.errors import RowError
-    from orpo_plugins.integrations.axolotl_data import within
+    from orpo_plugins.integrations.axolotl_data import drop_too_long
 
     pairs = Dataset.from_dict({"chosen_input_ids": [[1] * 5, [1] * 9], "rejected_input_ids": [[1] * 2, [1] * 2]})
-    assert within(pairs, 9, "drop", "rows").to_list() == pairs.to_list()
+    assert drop_too_long(pairs, 9, "drop", "rows").to_list() == pairs.to_list()
     with caplog.at_level("WARNING"):
-        assert within(pairs, 8, "drop", "rows").to_list() == pairs.select([0]).to_list()
+        assert drop_too_long(pairs, 8, "drop", "rows").to_list() == pairs.select([0]).to_list()
     assert "rows: dropped 1 of 2 pairs as longer than sequence_len 8 (the longest has 9 tokens)" in caplog.text
     with pytest.raises(RowError, match="rows: 1 pairs are longer than sequence_len 8 .* set excess_length_strategy to"):
-        within(pairs, 8, "raise", "rows")
+        drop_too_long(pairs, 8, "raise", "rows")
 
 
 def test_an_encoder_decoder_model_must_not_be_loaded_as_a_causal_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from helpers import assert_within
 
 from orpo_plugins import ORPOCollator, errors, get_plugin_manager, orpo_forward
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.options import PairOptions
 
 needs_axolotl()
 
@@ -68,6 +68,7 @@ OTHERS = {
     "kernel": "told",
     "layout": "packed",
     "layout_check": False,
+    "show_example": False,
     "nll_over": "completion",
     "memory_budget": 12345678,
 }
@@ -134,6 +135,7 @@ def test_every_key_takes_effect(plugin: Path, tmp_path: Path, monkeypatch: pytes
     assert re.search(r"kernel=told, layout=packed, nll_over=completion, nll_normalization=pair, beta=0.5", log)
     assert "kernel told: memory_budget=12345678, weights=True" in log
     assert "4 of 4 rows kept" in log
+    assert "one pair as it is trained" not in log
     assert log.count("kernel told") == 1  # the one step's: the check would have asked twice before
     assert re.search(r"layout=packed: \d+ tokens per epoch, \d+ as padded in batches of 1 pairs", log)
     (first,) = (entry for entry in logged(folder / "out") if "loss" in entry)

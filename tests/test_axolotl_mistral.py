@@ -8,9 +8,9 @@ import test_mistral_common as mistral
 from axolotl_runs import axolotl, dataset, logged, needs_axolotl, write_config, write_rows
 
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.integrations import cli_chat as chat
+from orpo_plugins.options import PairOptions
 
 needs_axolotl()
 pytestmark = pytest.mark.filterwarnings("default:You are importing from 'trl.experimental'")

@@ -23,7 +23,7 @@ for path in sys.argv[2:]:
     do_cli(config=path)
 from axolotl.core import training_args
 from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
-from orpo_plugins.integrations.hf_config import ORPOOwnFields
+from orpo_plugins.options import ORPOOwnFields
 import torch
 for path in sys.argv[2:]:
     saved = torch.load(path.removesuffix(".yml") + "/checkpoint-1/training_args.bin", weights_only=False)

@@ -11,8 +11,8 @@ import yaml
 from axolotl_runs import axolotl, dataset, folder_with_model, needs_axolotl, write_config, write_rows
 
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.options import PairOptions
 
 needs_axolotl()
 # Axolotl imports it.

@@ -12,8 +12,8 @@ from training import logged, trainer
 from transformers import PreTrainedModel, TrainerCallback
 
 from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, errors, fuse_head, orpo_forward
-from orpo_plugins.forward import ORPOOptions
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS
+from orpo_plugins.options import ORPOOptions
 
 STILL: dict[str, Any] = {"learning_rate": 0.0, "train_sampling_strategy": "sequential"}
 """Steps that change no weight, over the same rows each time."""
@@ -355,3 +355,52 @@ def test_a_stock_trainers_search_over_beta_is_refused(tmp_path: Path) -> None:
         errors.ConfigError, match="sets 'beta', which TrainingArguments does not have: search with ORPO"
     ):
         made.hyperparameter_search(lambda trial: {"beta": trial.suggest_float("beta", 0.1, 1.0)}, backend="optuna")
+
+
+@pytest.mark.parametrize(("name", "where"), [("beta", "set trainer.beta"), ("max_length", "pass it to ORPOCollator")])
+def test_an_option_among_a_stock_trainers_arguments_is_an_error(name: str, where: str, tmp_path: Path) -> None:
+    made = fuse_head(stock(tmp_path))
+    setattr(made.args, name, 0.5)
+    with pytest.raises(errors.ConfigError, match=f"args.{name}=0.5 would have no effect under fuse_head: {where}"):
+        made.train()
+    delattr(made.args, name)
+    made.beta = 0.5  # the advice
+    made.train()
+
+
+@pytest.mark.parametrize("name", ["layout", "max_length", "train_on"])
+def test_an_option_that_a_stock_trainer_has_not_is_an_error(name: str, tmp_path: Path) -> None:
+    made = fuse_head(stock(tmp_path))
+    with pytest.raises(
+        errors.ConfigError, match=f"trainer.{name}='x' would have no effect: it is an option of ORPOCol"
+    ):
+        setattr(made, name, "x")
+
+
+@pytest.mark.parametrize("name", ["kernel", "nll_normalization", "max_length", "orpo_alpha"])
+def test_an_option_that_a_loss_function_has_not_is_an_error(name: str) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{name}='x' would have no effect on an ORPOLoss, which has beta and"):
+        setattr(ORPOLoss(), name, "x")
+
+
+def test_label_smoothing_that_is_set_later_is_an_error(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.args.label_smoothing_factor = 0.1
+    with pytest.raises(errors.ConfigError, match="label_smoothing_factor is 0.1, and ORPO's loss smooths no labels"):
+        made.train()
+
+
+@pytest.mark.parametrize("name", ["options", "tokenizer", "pad_to_multiple_of", "max_length"])
+def test_what_a_collator_was_made_with_stays(name: str) -> None:
+    collator = ORPOCollator(tiny.tokenizer())
+    with pytest.raises(errors.ConfigError, match=f"{name}=8 would have no effect on a collator that is made"):
+        setattr(collator, name, 8)
+
+
+def test_a_collators_layout_goes_by_its_name_too() -> None:
+    collator = ORPOCollator(tiny.tokenizer())
+    collator.layout = "packed"
+    expected = ORPOCollator(tiny.tokenizer(), layout="packed")(tiny.rows(2))
+    assert torch.equal(collator(tiny.rows(2))["input_ids"], expected["input_ids"])
+    with pytest.raises(errors.ConfigError, match="unknown layout 'x'; known: auto, "):
+        collator.layout = "x"

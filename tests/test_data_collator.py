@@ -10,8 +10,8 @@ from torch import Tensor
 
 from orpo_plugins import ORPOCollator
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import BatchError, ConfigError, RowError
+from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import Targets
 
 TOKENIZER = chatml_tokenizer()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from helpers import gpt2_tokenizer, tiny_llama
 
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.data.row_formats import orpo_row_formats
+from orpo_plugins.options import PairOptions
 
 TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 

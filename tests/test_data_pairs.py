@@ -6,10 +6,11 @@ import pytest
 from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
 from tokenizers import normalizers
 
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder
 from orpo_plugins.data.row_formats import parse_row
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import TokenSequence
+from orpo_plugins.options import PairOptions
 
 CHATML = chatml_tokenizer()
 INST = inst_tokenizer()
@@ -227,6 +228,40 @@ def test_a_prompt_that_answers_of_the_template_happen_to_hold_stays(prompt: str)
     result = built({"prompt": prompt, "chosen": f"{opening}{prompt} there", "rejected": f"{opening}{prompt} you"})
     assert not result.repaired
     assert split(result.pair.chosen) == (f"<s>{prompt}", f"{opening}{prompt} there<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [("\n\nHuman: ", "\n\nAssistant:"), ("[INST] ", " [/INST]"), ("### Instruction:\n", "\n\n### Response:\n")],
+)
+@pytest.mark.parametrize("question", ["where is my parcel", "hi"])
+def test_answers_that_hold_a_conversation_as_text_do_not_repeat_its_question(
+    before: str, behind: str, question: str
+) -> None:
+    text = f"{before}{question}{behind}"
+    for prompt in (question, text):
+        result = built({"prompt": prompt, "chosen": f"{text} gladly", "rejected": f"{text} never"})
+        assert result.repaired
+        assert split(result.pair.chosen) == (f"<s>{text.rstrip(' ')}", " gladly<|im_end|>")
+
+
+def test_content_in_parts_is_a_string_where_the_template_reads_no_parts() -> None:
+    row = {"prompt": [user("the price")], "chosen": [assistant("easy")], "rejected": [assistant("hard")]}
+    parts = {name: [m | {"content": [{"type": "text", "text": m["content"]}]} for m in row[name]] for name in row}
+    assert built(parts) == built(row)
+    assert "type" not in split(built(parts).pair.chosen)[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": ["half \ud83d"], "prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"prompt": [{"role": "half \ud83d", "content": "Q"}], "chosen": "A", "rejected": "B"},
+    ],
+)
+def test_half_a_surrogate_pair_anywhere_in_a_conversation_is_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match=r"holds '\\ud83d'.*half of a surrogate pair"):
+        built(row)
 
 
 def test_a_question_that_both_answers_restate_stays_and_is_reported() -> None:

@@ -17,10 +17,11 @@ from torch.utils.data import Dataset as TorchDataset
 from orpo_plugins.data import cache as dataset_cache
 from orpo_plugins.data import dataset as preparation
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairBuilder, PairOptions
+from orpo_plugins.data.pairs import PairBuilder
 from orpo_plugins.data.report import PreparationReport
 from orpo_plugins.data.tokenized_rows import COLUMNS, RowTokenizer, tokenized_row
 from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.options import PairOptions
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = chatml_tokenizer()

@@ -176,7 +176,7 @@ def test_one_answer_may_hold_the_whole_conversation() -> None:
 def test_another_conversation_beside_whole_ones_is_refused(column: str) -> None:
     message = (
         f"row 3 \\(.*\\): column '{column}' \\('P'\\) and the conversations in 'chosen' and 'rejected' \\('Q'\\) "
-        f"do not begin alike. Make them agree, or leave column '{column}' out"
+        f"do not fit together. Make them agree, or leave column '{column}' out"
     )
     row = {column: [user("P")], **WHOLE}
     with pytest.raises(RowError, match=message):
@@ -240,6 +240,44 @@ def test_message_lists_written_as_text_are_read(row: dict[str, Any], write: Any)
     assert parts(parse_row({**written, "chosen": write(sharegpt), "prompt": "Q"}, 0))[1] == CHAT[1]
 
 
+def twice(value: Any) -> str:
+    return json.dumps(json.dumps(value))
+
+
+def in_a_mapping(value: Any) -> str:
+    return json.dumps({"messages": value})
+
+
+def with_a_mark(value: Any) -> str:
+    return "\ufeff" + json.dumps(value)
+
+
+def with_keys_first(value: Any) -> str:
+    return str(tuple({"id": 1, "weight": 0.5, **message} for message in value))
+
+
+@pytest.mark.parametrize("write", [twice, in_a_mapping, with_a_mark, with_keys_first])
+def test_message_lists_in_other_writings_are_read(write: Any) -> None:
+    row = parse_row({"prompt": "Q", **{name: write(messages) for name, messages in WHOLE.items()}}, 0)
+    assert [[message["content"] for message in part] for part in parts(row)] == [["Q"], ["A"], ["B"]]
+
+
+def test_message_lists_written_into_other_columns() -> None:
+    written = {"messages": [user("Q"), assistant("A")], "rejected_response": json.dumps([assistant("B")])}
+    assert parts(parse_row(written, 0)) == CHAT
+    with pytest.raises(RowError, match="column 'instruction' is list .* Message lists belong into"):
+        parse_row({"instruction": json.dumps([user("Q")]), **STRING_ANSWERS}, 0)
+    row = {"system": json.dumps([system("S")]), "prompt": "Q", **STRING_ANSWERS}
+    assert parse_row(row, 0).prompt == [system("S"), user("Q")]
+
+
+@pytest.mark.parametrize("form", ["array([%s], dtype=object)", "[%s, OrderedDict()]"])
+def test_message_lists_as_pandas_prints_them_are_refused(form: str) -> None:
+    row = {"prompt": "Q", "chosen": form % WHOLE["chosen"][0], "rejected": "B"}
+    with pytest.raises(RowError, match="column 'chosen' is the text of a list of messages"):
+        parse_row(row, 0)
+
+
 def test_message_lists_as_numpy_prints_them_are_refused() -> None:
     text = "[{'role': 'user', 'content': 'Q'}\n {'role': 'assistant', 'content': 'A'}]"
     with pytest.raises(
@@ -259,6 +297,15 @@ def test_arrays_of_numpy_are_lists() -> None:
     numpy = pytest.importorskip("numpy")
     row = {name: numpy.array(messages, dtype=object) for name, messages in WHOLE.items()}
     assert parts(parse_row({**row, "score": numpy.float32(1)}, 0)) == CHAT
+    inner = {"role": "user", "content": numpy.array([{"type": "text", "text": "Q"}], dtype=object)}
+    assert parse_row({"prompt": [inner], **ANSWERS}, 0).prompt == [user([{"type": "text", "text": "Q"}])]  # type: ignore[arg-type]
+
+
+def test_nan_is_nothing() -> None:
+    nan = float("nan")
+    empty = dict.fromkeys(("system", "input", "history", "tools", "chat_template_kwargs", "images"), nan)
+    assert parts(parse_row({"instruction": "Q", **STRING_ANSWERS, **empty}, 0)) == CHAT
+    assert parts(parse_row({"prompt": "Q", **STRING_ANSWERS, **empty}, 0)) == CHAT
 
 
 @pytest.mark.parametrize(
@@ -307,6 +354,40 @@ def test_half_a_surrogate_pair_is_named_and_the_repair_works(row: dict[str, Any]
     ):
         parse_row(row, 6)
     assert "half \ud83d".encode("utf-16", "surrogatepass").decode("utf-16", "replace") == "half \ufffd"
+
+
+@pytest.mark.parametrize("name", ["prompt", "instruction"])
+def test_a_string_stands_before_answers_that_begin_with_the_same_turns(name: str) -> None:
+    shared = [assistant("hi"), user("Q")]
+    row = {name: "hello", "chosen": [*shared, assistant("A")], "rejected": [*shared, assistant("B")]}
+    expected = ([user("hello"), *shared], [assistant("A")], [assistant("B")])
+    assert parts(parse_row(row, 0)) == expected
+    assert parts(parse_row({**row, name: None, "prompt": [user("hello")]}, 0)) == expected
+
+
+def test_a_prompt_with_a_question_more_than_whole_conversations_is_refused() -> None:
+    context = [user("hello"), assistant("hi"), user("Q")]
+    row = {"chosen": [user("hello"), assistant("A")], "rejected": [user("hello"), assistant("B")]}
+    for column in ("prompt", "messages"):
+        with pytest.raises(RowError, match="do not fit together"):
+            parse_row({column: context, **row}, 0)
+
+
+def test_answers_may_repeat_the_last_question_of_a_longer_prompt() -> None:
+    context = [user("hello"), assistant("hi"), user("Q")]
+    assert parts(parse_row({"prompt": context, **WHOLE}, 0)) == (context, *CHAT[1:])
+
+
+def test_an_empty_system_message_is_none() -> None:
+    row = {"chosen": [system(" "), *WHOLE["chosen"]], "rejected": [system("S"), *WHOLE["rejected"]]}
+    assert parts(parse_row(row, 0)) == ([system("S"), user("Q")], *CHAT[1:])
+
+
+def test_a_history_beside_a_prompt_of_strings_comes_first() -> None:
+    row = {"history": [["P", "O"]], "prompt": "Q", "chosen": "A", "rejected": "B"}
+    assert parts(parse_row(row, 0)) == ([user("P"), assistant("O"), user("Q")], *CHAT[1:])
+    assert parts(parse_row({**row, "system": "S"}, 0))[0] == [system("S"), user("P"), assistant("O"), user("Q")]
+    assert parse_row({**row, "history": []}, 0).prompt == "Q"
 
 
 def test_where_histories_differ_the_prompt_is_what_is_shared() -> None:
@@ -448,6 +529,26 @@ def test_a_prompt_in_a_column_that_nobody_knows_is_named(column: str, answers: d
     assert f"Did you mean dataset.rename_column('{column}', 'prompt')?" in str(caught.value)
     row["prompt"] = row.pop(column)
     assert parse_row(row, 1).prompt == "find the sum"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("info", {"prompt": "Q"}), ("turns", ["Q"]), ("topic", "Q"), ("task", "Q"), ("chosen_prompt", "Q")],
+)
+@pytest.mark.parametrize("opening", ["Step 1: add. ", "Answer: the sum is ", "Question: sum? It is "])
+def test_words_that_answers_share_are_no_prompt_beside_another_text(column: str, value: Any, opening: str) -> None:
+    with pytest.raises(RowError, match=f"may do so by chance, while '{column}' would not be read"):
+        parse_row({column: value, "chosen": f"{opening}4", "rejected": f"{opening}5"}, 0)
+
+
+def test_a_system_column_stands_before_an_implicit_prompt() -> None:
+    row = {"system": "S", "chosen": "Human: Q\nAssistant: A", "rejected": "Human: Q\nAssistant: B"}
+    assert parse_row(row, 0).prompt == "S\n\nHuman: Q\nAssistant:"
+
+
+def test_a_text_that_ends_where_its_answer_would_begin_has_an_empty_answer() -> None:
+    row = {"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant:"}
+    assert parts(parse_row(row, 0)) == ("Human: Q\n\nAssistant:", " A", "")
 
 
 def test_the_advice_for_a_column_that_holds_no_prompt_works() -> None:

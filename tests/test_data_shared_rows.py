@@ -13,7 +13,7 @@ from helpers import chatml_tokenizer, gpt2_tokenizer
 
 from orpo_plugins import ORPOCollator
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.options import PairOptions
 
 FOLDER = Path(os.environ.get("ORPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SHAREGPT, ALPACA = "dpo_en_demo.json", "politeness.json"

@@ -11,9 +11,9 @@ from datasets import Dataset
 from training import trainer
 
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.data.row_formats import parse_row
 from orpo_plugins.errors import RowError
+from orpo_plugins.options import PairOptions
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ eos_token }}"

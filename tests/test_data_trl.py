@@ -9,8 +9,9 @@ from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder
 from orpo_plugins.data.row_formats import parse_row
+from orpo_plugins.options import PairOptions
 
 TOKENIZERS = {"chatml": chatml_tokenizer(), "inst": inst_tokenizer(), "gpt2": gpt2_tokenizer()}
 WORDS = ["the quick", " brown", "fox", " unbelievable", "answer", "ing", " 1234", ":", " ", "\n", "\n\n", "é", "."]

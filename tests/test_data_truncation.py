@@ -7,8 +7,9 @@ from helpers import chatml_tokenizer, gpt2_tokenizer, inst_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder
 from orpo_plugins.hooks.types import Preference, TokenSequence
+from orpo_plugins.options import PairOptions
 
 TOKENIZERS = [chatml_tokenizer(), inst_tokenizer(), gpt2_tokenizer()]
 CHATML = TOKENIZERS[0]

@@ -27,7 +27,7 @@ def test_links_inside_the_repository_lead_somewhere(document: Path) -> None:
 
 
 def test_every_option_stands_in_the_tables() -> None:
-    fields = dataclasses.fields(pytest.importorskip("orpo_plugins.integrations.hf_config").ORPOFields)
+    fields = dataclasses.fields(pytest.importorskip("orpo_plugins.options").ORPOFields)
     tables = [line for name in ("README.md", "docs/trainer.md") for line in (ROOT / name).read_text().splitlines()]
     named = {name for line in tables if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert {field.name for field in fields} <= named

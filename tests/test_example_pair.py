@@ -14,8 +14,8 @@ from transformers import Trainer, TrainingArguments
 from orpo_plugins import ORPOCollator, ORPOLoss, fuse_head
 from orpo_plugins.data.dataset import prepare_dataset
 from orpo_plugins.data.example import example_text
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.options import PairOptions
 
 BEGINNING = "one pair as it is trained; [[...]] counts"
 ROW = {"prompt": "the dog", "chosen": " sleeps", "rejected": " jumps"}

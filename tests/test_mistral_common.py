@@ -15,9 +15,9 @@ from orpo_plugins import ORPOCollator, setup_chat_format
 from orpo_plugins.data.cache import tokenizer_identity
 from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.integrations import cli_chat as chat
+from orpo_plugins.options import PairOptions
 
 for package in ("mistral_common", "sentencepiece"):
     if importlib.util.find_spec(package) is None:

@@ -11,7 +11,7 @@ from test_seq2seq import tokenizer as seq2seq_tokenizer
 
 from orpo_plugins import errors
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
+from orpo_plugins.options import PairOptions
 
 
 def message(role: str, content: str) -> dict[str, str]:

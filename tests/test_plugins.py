@@ -21,7 +21,7 @@ PROBE = """
 import json, torch
 from orpo_plugins import linear_orpo_loss
 from orpo_plugins.hooks import plugins
-from orpo_plugins.forward import ORPOOptions
+from orpo_plugins.options import ORPOOptions
 from orpo_plugins.data.row_formats import parse_row
 row = parse_row({"question": "Why", "good": "Because.", "bad": "No."}, 0)
 torch.manual_seed(0)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, orpo_forward
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.hooks import plugins
+from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import targets_of
 
 EOS = 2

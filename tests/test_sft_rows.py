@@ -13,11 +13,11 @@ from test_seq2seq import tokenizer as seq2seq_tokenizer
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, linear_orpo_loss, orpo_forward
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Metric
 from orpo_plugins.layouts.attention import prepare
 from orpo_plugins.objective import LossTerm
+from orpo_plugins.options import PairOptions
 
 ROWS = tiny.rows(6)
 MIXED = [{**row, "rejected": None} if index in (1, 4, 5) else row for index, row in enumerate(ROWS)]

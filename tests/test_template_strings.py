@@ -11,8 +11,8 @@ from training import trainer
 
 from orpo_plugins import ORPOCollator
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError, RowError
+from orpo_plugins.options import PairOptions
 
 STRINGS = {"prompt": "order today", "chosen": "gladly", "rejected": "never"}
 CONVERSATION = {

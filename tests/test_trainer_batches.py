@@ -18,10 +18,10 @@ from transformers import Trainer, TrainingArguments
 
 from orpo_plugins import ORPOCollator, ORPOLoss, ORPOTrainer, fuse_head
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.integrations.hf_loader import loader, sizes
 from orpo_plugins.layouts.batches import PairBatches, pair_tokens
+from orpo_plugins.options import PairOptions
 
 ROWS = tiny.skewed_rows(48)
 LIMIT = 1200

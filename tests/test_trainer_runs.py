@@ -237,7 +237,7 @@ def test_no_micro_batch_waits_for_the_device(split: str, layout: str, tmp_path: 
             made.prediction_step(made.model, batch, prediction_loss_only=False)
     # The first two look at values only where the tensor is on a CPU; on a GPU the others are not needed before the
     # gradient of the hidden states takes 256 MiB.
-    assert set(found.seen) <= {"check_vocabulary", "backward", "_sort_lines", "_move"}
+    assert set(found.seen) <= {"check_vocabulary", "backward", "_sort_targets", "_move"}
 
 
 def test_the_synchronization_counter_counts() -> None:

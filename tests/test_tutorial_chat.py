@@ -12,10 +12,10 @@ from test_seq2seq import tokenizer as encoder_decoder_tokenizer
 
 from orpo_plugins import ORPOConfig, ORPOTrainer, setup_chat_format
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.data.pairs import PairOptions
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.integrations import cli as command_line
 from orpo_plugins.integrations import cli_chat as chat
+from orpo_plugins.options import PairOptions
 
 GREEDY = chat.ChatOptions(max_new_tokens=4, temperature=0)
 

@@ -283,3 +283,16 @@ def test_other_adapters_train_under_checkpointing(adapter: str) -> None:
     expected = gradients(made, orpo_forward(made, batch(adapter)).loss)
     made.get_base_model().gradient_checkpointing_enable()
     assert_all_within(gradients(made, orpo_forward(made, batch(adapter)).loss), expected, 1e-6)
+
+
+@pytest.mark.parametrize("number", [3, 4, 7])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_a_table_of_as_many_virtual_tokens_as_were_examined_is_no_table_of_positions(
+    number: int, kind: str, model: str
+) -> None:
+    made = encoder_decoder("t5") if model == "t5" else tiny.model(num_key_value_heads=4)
+    task = "SEQ_2_SEQ_LM" if model == "t5" else "CAUSAL_LM"
+    wrapped = peft.get_peft_model(made, getattr(peft, kind)(num_virtual_tokens=number, task_type=task))
+    batch = encoder_decoder_batch() if model == "t5" else ORPOCollator(tiny.tokenizer())(tiny.rows(3))
+    assert orpo_forward(wrapped, batch).loss.isfinite()

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from orpo_plugins.data.chat_templates import special_tokens
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions, PromptAndAnswer, boundary
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PromptAndAnswer, boundary
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Message, Preference
+from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import IGNORE_INDEX
 
 _QUESTION: Message = {"role": "user", "content": "the"}

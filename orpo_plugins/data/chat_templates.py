@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from orpo_plugins.data.conversations import common_prefix, has_turn
+from orpo_plugins.data.conversations import common_prefix, count_turns, holds_conversation
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Message, Preference
 
@@ -133,8 +133,9 @@ class TextBuilder:
         shared, own = common_prefix(chosen, rejected), prompt.strip()
         marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_turn(text)]
         if not marked:
+            whole = bool(count_turns(own)) and shared.lstrip().startswith(own)
             goes_on = len(shared) < min(len(chosen), len(rejected))
-            return goes_on and len(own) >= _LONG_PROMPT and has_turn(own) and shared.lstrip().startswith(own)
+            return goes_on and bool(own) and (whole or holds_conversation(shared, own))
         opening = self._answer_opening
         if opening and chosen.startswith(opening) and rejected.startswith(opening):
             return False  # the answers' own turns alone
@@ -162,8 +163,9 @@ class TextBuilder:
 
     def _chat_texts(self, preference: Preference) -> Texts:
         assert not isinstance(preference.prompt, str)
-        prompt, arguments = list(preference.prompt), dict(preference.template_arguments)
-        answers = [list(_messages(answer)) for answer in (preference.chosen, preference.rejected) if answer is not None]
+        prompt, arguments = self._readable(preference.prompt), dict(preference.template_arguments)
+        given = (preference.chosen, preference.rejected)
+        answers = [self._readable(_messages(answer)) for answer in given if answer is not None]
         full = [self._render(prompt + answer, arguments) for answer in answers]
         for answer, text in zip(answers, full, strict=True):
             self._check_text(prompt + answer)
@@ -207,6 +209,22 @@ class TextBuilder:
             start = len(common_prefix(replaced, full))
         end = len(full) - len(replaced.rpartition(_STAND_IN)[2]) + len(closing)
         return start, max(start, end)
+
+    def _readable(self, messages: list[Message]) -> list[Message]:
+        """Messages as the template can write them: content in parts is one string for most."""
+        parts = any(not isinstance(message["content"], str) for message in messages)
+        if not parts or self._writes_parts:
+            return list(messages)
+        return [{**message, "content": _content([message | {"tool_calls": None}])} for message in messages]
+
+    @functools.cached_property
+    def _writes_parts(self) -> bool:
+        part = {"type": "text", "text": _STAND_IN}
+        try:
+            written = self._render([{"role": "user", "content": [part]}], {})
+        except RowError:
+            return False
+        return _STAND_IN in written and str(part) not in written
 
     def _check_text(self, messages: list[Message]) -> None:
         """Raises `ConfigError` where the template passes over contents that are strings."""
@@ -252,7 +270,14 @@ class TextBuilder:
 
     def _render(self, messages: list[Message], arguments: dict[str, Any], **options: Any) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **arguments))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **arguments))
+            text.encode()
+            return text
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"the conversation holds {error.object[error.start]!r}, half of a surrogate pair, which no tokenizer "
+                "takes: look at system messages, roles, tools and their calls"
+            ) from error
         except Exception as error:  # templates raise errors of their own choosing
             roles = ", ".join(str(message["role"]) for message in messages)
             raise RowError(f"the chat template refuses the messages (roles: {roles}): {error}") from error

@@ -14,17 +14,18 @@ import torch
 from torch.utils.data import get_worker_info
 
 from orpo_plugins.data.example import example_text
-from orpo_plugins.data.pairs import BuiltPair, PairOptions
+from orpo_plugins.data.pairs import BuiltPair
 from orpo_plugins.data.tokenized_rows import RowTokenizer
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.forward import NLL_OVER
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.options import NLLOver, PairOptions, TrainOn, TruncationMode, check_option
 from orpo_plugins.targets import with_weights, with_width
 
 logger = logging.getLogger(__name__)
 
 _READ_ONCE = frozenset([*(field.name for field in dataclasses.fields(PairOptions)), "padding_value"])
+_SET_ONCE = ("options", "tokenizer", "pad_to_multiple_of")
 _FORMATS = "row_formats"
 
 
@@ -64,13 +65,13 @@ class ORPOCollator:
         *,
         max_prompt_length: int | None = None,
         max_completion_length: int | None = None,
-        truncation_mode: str = "keep_end",
+        truncation_mode: TruncationMode = "keep_end",
         layout: str = "padded",
-        nll_over: str = "sequence",
+        nll_over: NLLOver = "sequence",
         pad_to_multiple_of: int | None = None,
         padding_value: int | None = None,
         sft_rows: bool = False,
-        train_on: str = "all_assistant",
+        train_on: TrainOn = "all_assistant",
         show_example: bool = True,
         template_strings: bool = False,
     ) -> None:
@@ -117,13 +118,15 @@ class ORPOCollator:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises `ConfigError` for an option that was read when the collator was made, and for an unknown nll_over."""
-        if name in _READ_ONCE:
+        if name in _READ_ONCE or (name in _SET_ONCE and hasattr(self, name)):
             raise ConfigError(
                 f"{name}={value!r} would have no effect on a collator that is made: make another, "
                 f"ORPOCollator(tokenizer, {name}={value!r}, ...)"
             )
-        if name == "nll_over" and value not in NLL_OVER:
-            raise ConfigError(f"unknown nll_over {value!r}; known: {', '.join(NLL_OVER)}")
+        if name == "nll_over":
+            check_option(name, value)
+        if name == "layout" and isinstance(value, str):
+            value = plugins.layout("padded" if value == "auto" else value)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

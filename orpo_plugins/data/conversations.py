@@ -12,8 +12,8 @@ from orpo_plugins.errors import RowError
 from orpo_plugins.hooks.types import Message
 
 _TURN = re.compile(
-    r"(^|\n)\s*(#+ *)?(human|user|assistant|system|instruction|input|question|response|answer|post|bot|gpt|ai|q)\b"
-    r"[^\n:]{0,20}:|<\|[^|>]+\|>|\[INST\]|<start_of_turn>",
+    r"(^|\n)\s*(#+ *)?(human|user|assistant|system|instruction|input|question|response|answer|post|bot|gpt|ai|q|a)\b"
+    r"[^\n:]{0,20}:|<\|[^|>]+\|>|\[/?INST\]|<start_of_turn>",
     re.IGNORECASE,
 )
 
@@ -30,36 +30,62 @@ def question_and_answers(
     trained beside the other.
     """
     system = _system_of(context, chosen, rejected)
-    context, chosen, rejected = (_turns(messages) for messages in (context, chosen, rejected))
+    context, chosen, rejected = (turns_of(messages) for messages in (context, chosen, rejected))
     if not chosen or not rejected:
         return system + context, chosen, rejected
     whole = [answer for answer in (chosen, rejected) if is_whole(answer)]
     if context and not whole:
-        return system + _without_answer(context, chosen, rejected), chosen, rejected
+        return _explicit(system + _without_answer(context, chosen, rejected), chosen, rejected)
     if context and (split := _split_after(context, chosen, rejected)) is not None:
-        return system + context, *split
+        return _explicit(system + context, *split)
     # The conversations themselves hold the prompt.
     if len(whole) == 1:
         shared = whole[0][:-1]
-        chosen_rest, rejected_rest = (answer[-1:] if is_whole(answer) else answer for answer in (chosen, rejected))
+        rests = [answer[-1:] if is_whole(answer) else answer for answer in (chosen, rejected)]
     else:
-        length = _common_length(chosen[:-1], rejected[:-1])
-        shared, chosen_rest, rejected_rest = chosen[:length], chosen[length:], rejected[length:]
-    if not context or _begins_with(context, shared) or _begins_with(shared[::-1], context[::-1]):
-        return system + shared, chosen_rest, rejected_rest
+        shared, *rests = _with_shared_turns([], chosen, rejected)
+    if not context or _fits(context, shared, whole):
+        return system + shared, rests[0], rests[1]
     if whole[0][0]["role"] != "user":  # nobody's question: a role that the chat template may know goes on
         return system + context, chosen, rejected
     found, expected = (shared or whole[0])[0]["content"], context[0]["content"]
     raise RowError(
         f"column {column!r} ({shortened(expected)}) and the conversations in 'chosen' and 'rejected' "
-        f"({shortened(found)}) do not begin alike. Make them agree, or leave column {column!r} out"
+        f"({shortened(found)}) do not fit together. Make them agree, or leave column "
+        f"{column!r} out"
     )
+
+
+def _with_shared_turns(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """The same, with the messages that both answers begin with at the end of the prompt; each keeps its last one."""
+    length = _common_length(chosen[:-1], rejected[:-1])
+    return prompt + chosen[:length], chosen[length:], rejected[length:]
+
+
+def _explicit(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """The same behind a prompt that the row names; a row without a rejected answer has its turns all the same."""
+    return (prompt, chosen, rejected) if chosen == rejected else _with_shared_turns(prompt, chosen, rejected)
+
+
+def _fits(context: list[Message], shared: list[Message], whole: list[list[Message]]) -> bool:
+    """Whether whole conversations that share some messages say all that the context says."""
+    if _begins_with(shared[::-1], context[::-1]):
+        return True  # the last questions alone
+    if not _begins_with(context, shared):
+        return False
+    # What follows there: one of the answers, or another one, but no question.
+    more = context[len(shared) :]
+    return all(not is_whole([m]) for m in more) or any(_begins_with(answer, context) for answer in whole)
 
 
 def _system_of(*conversations: list[Message]) -> list[Message]:
     """The system messages at the beginning, of the first conversation that has some; all that have some agree."""
-    found = [messages[: len(messages) - len(_turns(messages))] for messages in conversations]
-    found = [system for system in found if system]
+    found = [messages[: len(messages) - len(turns_of(messages))] for messages in conversations]
+    found = [system for system in found if any(_plain_content(message) for message in system)]
     for other in found[1:]:
         if len(other) != len(found[0]) or not _begins_with(other, found[0]):
             texts = " and ".join(shortened(system[0]["content"]) for system in (found[0], other))
@@ -70,7 +96,7 @@ def _system_of(*conversations: list[Message]) -> list[Message]:
     return found[0] if found else []
 
 
-def _turns(messages: list[Message]) -> list[Message]:
+def turns_of(messages: list[Message]) -> list[Message]:
     """The messages after the system messages at the beginning."""
     first = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), None)
     return [] if first is None else messages[first:]
@@ -84,12 +110,14 @@ def is_whole(answer: list[Message]) -> bool:
 def _split_after(
     context: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message]] | None:
-    """What both answers go on with after the context, where each that is whole begins with it."""
+    """What both answers go on with after the context, where each that is whole begins with it, or with its question."""
     rests = []
     for answer in (chosen, rejected):
-        if is_whole(answer) and not (_begins_with(answer, context) and len(answer) > len(context)):
+        lengths = [len(context), *([1] if context[-1]["role"] == "user" else [])]
+        overlap = next((n for n in lengths if n < len(answer) and _begins_with(answer, context[-n:])), 0)
+        if is_whole(answer) and not overlap:
             return None
-        rests.append(answer[len(context) :] if is_whole(answer) else answer)
+        rests.append(answer[overlap:] if is_whole(answer) else answer)
     return rests[0], rests[1]
 
 
@@ -128,9 +156,18 @@ def _plain_content(message: Message) -> str:
 # ---- texts
 
 
-def has_turn(text: str) -> bool:
-    """Whether a text is written as turns of a conversation: "Human: ...", "### Response:", "[INST] ..."."""
-    return _TURN.search(text) is not None
+def count_turns(text: str) -> int:
+    """How many turns of a conversation a text is written as: "Human: ...", "### Response:", "[INST] ..."."""
+    return sum(1 for _ in _TURN.finditer(text))
+
+
+def holds_conversation(text: str, question: str) -> bool:
+    """Whether a text has a turn that begins with the question, and another one behind it: the answer's."""
+    for turn in _TURN.finditer(text):
+        rest = text[turn.end() :].lstrip()
+        if rest.startswith(question) and count_turns(rest[len(question) :]):
+            return True
+    return False
 
 
 def common_prefix(*texts: str) -> str:
@@ -146,6 +183,9 @@ def common_prefix(*texts: str) -> str:
 
 def end_of_shared_words(chosen: str, rejected: str) -> int:
     """Where the last word ends that both texts begin with; each text keeps at least one character."""
+    shorter, longer = sorted((chosen.rstrip(), rejected.rstrip()), key=len)
+    if longer.startswith(shorter) and any(turn.end() == len(shorter) for turn in _TURN.finditer(shorter)):
+        return len(shorter)  # an answer is empty
     longest = max(0, min(len(chosen), len(rejected)) - 1)
     end = len(common_prefix(chosen[:longest], rejected[:longest]))
     if end and _in_word(chosen[end - 1]) and (_in_word(chosen[end]) or _in_word(rejected[end])):

@@ -16,10 +16,11 @@ from typing import Any
 import torch.utils.data
 
 from orpo_plugins.data.cache import fingerprint
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairOptions
+from orpo_plugins.data.pairs import BuiltPair, Dropped
 from orpo_plugins.data.report import FLAGS, PreparationReport
 from orpo_plugins.data.tokenized_rows import COLUMNS, NUMBERS, RowTokenizer, shown, tokenized_row
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.options import PairOptions
 
 logger = logging.getLogger(__name__)
 

@@ -18,60 +18,8 @@ from typing import Any, NamedTuple
 from orpo_plugins.data.chat_templates import TextBuilder, Texts, special_tokens
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Pair, Preference, TokenSequence
+from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import IGNORE_INDEX
-
-TRUNCATION_MODES = ("keep_end", "keep_start")
-TRAIN_ON = ("all_assistant", "last")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """How long a pair may be, in tokens with BOS and EOS counted.
-
-    A pair that is too long loses prompt first, until the longer answer fits or half of `max_length` is left for the
-    answers; then each answer that is still too long is cut at its end, to the room that its own prompt leaves.
-
-    With an encoder for the prompts, prompt and answers share no room: each may be `max_length` tokens long, or what
-    `max_prompt_length` and `max_completion_length` say.  Special tokens at either end stay, as tokenizers have it.
-
-    Raises:
-        ConfigError: a length below its minimum, lengths that contradict each other, an unknown mode.
-    """
-
-    max_length: int | None = 1024
-    """Prompt and answer together; None: no limit."""
-    max_prompt_length: int | None = None
-    """The prompt; None: whatever `max_length` leaves."""
-    max_completion_length: int | None = None
-    """Each answer; None: whatever `max_length` leaves."""
-    truncation_mode: str = "keep_end"
-    """Which end of a prompt that is too long stays, "keep_end" or "keep_start".  BOS stays in both."""
-    encoder_decoder: bool = False
-    """Whether an encoder reads the prompts (see `layouts/encoder_decoder.py`)."""
-    sft_rows: bool = False
-    """Whether a row may have no rejected answer: such rows are trained with the NLL alone."""
-    train_on: str = "all_assistant"
-    """Which assistant turns are the answer, where the two conversations go on for several: "all_assistant", or "last",
-    with everything before the last turn as its prompt.  Turns that both have in common are prompt in either case."""
-    template_strings: bool = False
-    """Whether the chat template is applied to rows of strings: the prompt as a user's message, each answer as an
-    assistant's.  Strings that are templated already stay as they are."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name} is {value!r}: it must be None or a whole number of at least {least}")
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ConfigError(f"unknown truncation_mode {self.truncation_mode!r}; known: {', '.join(TRUNCATION_MODES)}")
-        if self.train_on not in TRAIN_ON:
-            raise ConfigError(f"unknown train_on {self.train_on!r}; known: {', '.join(TRAIN_ON)}")
-        shared = self.max_length is not None and not self.encoder_decoder
-        if shared and (self.max_prompt_length or 0) >= (self.max_length or 0):
-            raise ConfigError(
-                f"max_prompt_length {self.max_prompt_length} leaves no room for an answer in max_length "
-                f"{self.max_length}: lower it, or raise max_length"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

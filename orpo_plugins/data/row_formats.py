@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orpo_plugins.data.conversations import end_of_shared_words, has_turn, is_whole, question_and_answers
+from orpo_plugins.data.conversations import count_turns, end_of_shared_words, is_whole, question_and_answers, turns_of
 from orpo_plugins.data.row_values import (
     CALL,
     CONVERSATIONS,
@@ -22,9 +22,9 @@ from orpo_plugins.data.row_values import (
     assistant,
     history_of,
     kind,
-    looks_like_a_message,
     message_lists_in_texts,
     messages_of,
+    plain_value,
     shortened,
     system_text,
     text_of,
@@ -48,7 +48,7 @@ _OTHER_NAMES = {
 
 _NO_PROMPT = re.compile(
     r"(^|_)(id|ids|idx|index|source|origin|dataset|subset|split|models?|generator|category|categories|type|kind"
-    r"|domain|topic|tags?|key|name|lang|language|labels?|score|scores|rating|difficulty|url|uuid|hash|date|time"
+    r"|domain|tags?|key|name|lang|language|labels?|score|scores|rating|difficulty|url|uuid|hash|date|time"
     r"|timestamp|license|version|system|tools|chat_template_kwargs|weight|margin)$|^(chosen|rejected)_",
     re.IGNORECASE,
 )
@@ -102,7 +102,7 @@ def orpo_row_formats() -> list[RowFormat]:
             name="strings",
             columns="prompt, chosen, rejected (strings)",
             matches=lambda row: _has(row, "prompt", "chosen", "rejected"),
-            parse=lambda row: _strings(text_of(row, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")),
+            parse=_parse_strings,
         ),
         RowFormat(
             name=_IMPLICIT_STRINGS,
@@ -129,9 +129,9 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_st
     where = f"row {index}"
     if not isinstance(row, Mapping):
         raise RowError(f"{where}: expected a mapping from column to value, got {kind(row)}")
+    row = {name: plain_value(value) for name, value in row.items()}
     if media := next((column for column in MEDIA if row.get(column)), None):
         raise RowError(f"{where}: column {media!r} is not empty, but only text can be trained on. {TEXT_ONLY}")
-    row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}  # of numpy
     try:
         row |= message_lists_in_texts(row)
     except RowError as error:
@@ -191,8 +191,9 @@ def _parse_swift(row: Row) -> Preference:
             "column 'messages' does not end with an assistant's message, which would be the chosen answer beside "
             "'rejected_response'. Add it, or filter the row out"
         )
-    rejected = assistant(text_of(row, "rejected_response"))
-    return _chat(row, conversation[:-1], conversation[-1:], rejected)
+    if not isinstance(row["rejected_response"], str):
+        return _chat(row, *question_and_answers([], conversation, messages_of(row, "rejected_response")))
+    return _chat(row, conversation[:-1], conversation[-1:], messages_of(row, "rejected_response"))
 
 
 def _parse_swift_strings(row: Row) -> Preference:
@@ -230,7 +231,8 @@ def _parse_alpaca(row: Row) -> Preference:
 
 def _parse_implicit(row: Row) -> Preference:
     prompt, chosen, rejected = question_and_answers([], messages_of(row, "chosen"), messages_of(row, "rejected"))
-    if any(message["role"] == "user" for message in prompt):
+    opening = turns_of(prompt)
+    if opening and is_whole(opening):
         return _chat(row, prompt, chosen, rejected)  # whole conversations: a string beside them is their question
     column = next((name for name in ("prompt", "instruction") if isinstance(row.get(name), str)), None)
     if column is not None:
@@ -240,10 +242,19 @@ def _parse_implicit(row: Row) -> Preference:
     return _chat(row, prompt, chosen, rejected)
 
 
+def _parse_strings(row: Row) -> Preference:
+    prompt, chosen, rejected = text_of(row, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")
+    history = history_of(row)
+    if not history:
+        return _strings(prompt, chosen, rejected)
+    return _chat(row, [*history, *user(prompt)], assistant(chosen), assistant(rejected))
+
+
 def _parse_system(row: Row) -> Preference:
     prompt, chosen, rejected = text_of(row, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")
-    plain = _strings(_before(system_text(row["system"]), prompt), chosen, rejected)
-    return _chat(row, user(prompt), assistant(chosen), assistant(rejected), plain=plain)
+    history = history_of(row)
+    plain = None if history else _strings(_before(system_text(row["system"]), prompt), chosen, rejected)
+    return _chat(row, [*history, *user(prompt)], assistant(chosen), assistant(rejected), plain=plain)
 
 
 def _question(row: Row, column: str) -> str:
@@ -257,7 +268,8 @@ def _parse_implicit_strings(row: Row) -> Preference:
     shared = chosen[: end_of_shared_words(chosen, rejected)]
     if chosen != rejected:
         _check_implicit_prompt(row, shared)
-    return _strings(shared, chosen[len(shared) :], rejected[len(shared) :])
+    prompt = _before(system_text(row.get("system")), shared)
+    return _strings(prompt, chosen[len(shared) :], rejected[len(shared) :])
 
 
 def _check_implicit_prompt(row: Row, shared: str) -> None:
@@ -265,7 +277,7 @@ def _check_implicit_prompt(row: Row, shared: str) -> None:
     if not re.search(r"\w\w", shared):
         raise RowError(f"there is no 'prompt' column, and 'chosen' and 'rejected' do not begin alike. {_advice(row)}")
     unused = _unused_texts(row)
-    if unused and not has_turn(shared):
+    if unused and count_turns(shared) < 2:  # a question's and an answer's
         raise RowError(
             f"there is no 'prompt' column, and the words that 'chosen' and 'rejected' share ({shortened(shared)}) may "
             f"do so by chance, while {' and '.join(map(repr, unused))} would not be read. {_advice(row)} If the prompt "
@@ -279,16 +291,22 @@ def _unused_texts(row: Row) -> list[str]:
     return [
         str(name)
         for name, value in row.items()
-        if name not in known and not _NO_PROMPT.search(str(name)) and (_is_conversation(value) or _is_text(value))
+        if name not in known and not _says_no_prompt(str(name)) and _holds_text(value)
     ]
 
 
-def _is_text(value: Any) -> bool:
+def _says_no_prompt(name: str) -> bool:
+    asked = re.search("prompt|question|query|instruction", name, re.IGNORECASE)
+    return asked is None and _NO_PROMPT.search(name) is not None
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether there is text in a value: a string, or one in a list or a mapping."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_text, value))
     return isinstance(value, str) and bool(value.strip())
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(map(looks_like_a_message, value))
 
 
 def _parts(row: Row, column: str, context: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:

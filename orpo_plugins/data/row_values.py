@@ -1,6 +1,7 @@
 """Values of a row's columns, read as text and messages; what does not fit is an error that names the column."""
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ def system_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         parts = [part.get("content", part.get("value")) if isinstance(part, Mapping) else part for part in value]
         if all(isinstance(part, str) for part in parts):
-            return "\n".join(parts)
+            return _encodable("\n".join(parts), "column 'system'")
     raise RowError(f"column 'system' is {kind(value)}, expected a string or a list of strings")
 
 
@@ -112,10 +113,21 @@ def _encodable(text: str, where: str) -> str:
     return text
 
 
+def plain_value(value: Any) -> Any:
+    """A value without what numpy and pandas put around it: arrays are lists, and NaN is None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(inner) for inner in value]
+    return None if str(value) in ("nan", "<NA>", "NaT") and not isinstance(value, str) else value
+
+
 def messages_of(row: Row, column: str) -> list[Message]:
     """The messages of a column; one message, or an answer written as a string, stands for a list of one."""
     value = row[column]
-    if isinstance(value, str) and column in ("chosen", "rejected"):
+    if isinstance(value, str) and column in ("chosen", "rejected", "rejected_response"):
         return assistant(value)
     if isinstance(value, Mapping):
         value = [value]
@@ -151,7 +163,7 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _remedy(column: str, value: Any) -> str:
-    if value is None or str(value) in ("nan", "<NA>", "NaT"):  # as DataFrames say that nothing is there
+    if value is None:
         more = ", or train such rows with the NLL alone (sft_rows=True)" if column == "rejected" else ""
         return f"Fill it in, or filter the row out{more}"
     if isinstance(value, list | tuple | Mapping):
@@ -181,15 +193,18 @@ def shortened(value: Any) -> str:
 
 # ---- message lists that were written as text
 
-_LIST_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
-_ROLE_IN_TEXT = re.compile(
-    r"""\[\s*\{.*['"](role|from)['"]\s*:\s*['"](system|user|assistant|human|gpt)['"]""", re.DOTALL
+_TEXT_COLUMNS = ("instruction", "query", "system")
+_LIST_COLUMNS = ("prompt", "chosen", "rejected", "rejected_messages", "rejected_response", *CONVERSATIONS)
+_LIST_AS_TEXT = re.compile(
+    r"""[\s\ufeff"]*(array\(|OrderedDict\()?[\[({].{0,300}?\\?['"](role|from)\\?['"]\s*[:,]\s*\\?['"]\w+\\?['"]""",
+    re.DOTALL,
 )
+"""A list of messages as JSON, as Python prints it, or as numpy and pandas do, with a role near its beginning."""
 
 
 def message_lists_in_texts(row: Row) -> dict[str, Any]:
     """The columns that hold the JSON, or Python's own text, of messages, with what they stand for (CSV exports)."""
-    columns = ("prompt", "chosen", "rejected", "rejected_messages", *CONVERSATIONS)
+    columns = (*_LIST_COLUMNS, *_TEXT_COLUMNS)
     texts = {column: row[column] for column in columns if isinstance(row.get(column), str)}
     found = {column: _messages_in(text, column) for column, text in texts.items() if _LIST_AS_TEXT.match(text)}
     return {column: messages for column, messages in found.items() if messages is not None}
@@ -197,18 +212,24 @@ def message_lists_in_texts(row: Row) -> dict[str, Any]:
 
 def _messages_in(text: str, column: str) -> Any:
     """The messages that a text stands for; None where it is a text after all, an answer in JSON for one."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        return value if all(map(looks_like_a_message, [value] if isinstance(value, Mapping) else value)) else None
-    if not _ROLE_IN_TEXT.match(text.lstrip()):
+    value: Any = text.strip().lstrip("\ufeff")
+    for read in (json.loads, json.loads, ast.literal_eval):  # twice: JSON in a string of JSON
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = read(value)
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), list | tuple):
+        value = value["messages"]
+    messages = [value] if isinstance(value, Mapping) else value
+    if isinstance(messages, str):
+        raise RowError(
+            f"column {column!r} is the text of a list of messages ({shortened(text)}), but neither JSON nor a Python "
+            "list, as where numpy or pandas has printed it. Write the lists as JSON where the file is made"
+        )
+    if not isinstance(messages, list | tuple) or not messages or not all(map(looks_like_a_message, messages)):
         return None
-    raise RowError(
-        f"column {column!r} is the text of a list of messages ({shortened(text)}), but neither JSON nor a Python list, "
-        "as where numpy has printed it. Write the lists as JSON where the file is made"
-    )
+    roles = {str(message.get("role") or message.get("from")).lower() for message in messages}
+    is_answer = column.startswith(("chosen", "rejected"))
+    return None if is_answer and not any(ROLES.get(role) == "assistant" for role in roles) else value
 
 
 def looks_like_a_message(value: Any) -> bool:

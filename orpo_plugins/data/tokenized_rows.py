@@ -7,10 +7,11 @@ from typing import Any
 
 from orpo_plugins.data.chat_id_pairs import ChatIdPairBuilder, gives_chats_as_ids
 from orpo_plugins.data.encoder_decoder_pairs import EncoderDecoderPairBuilder
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PairOptions, PromptAndAnswer
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PromptAndAnswer
 from orpo_plugins.data.row_formats import parse_row
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import TokenSequence
+from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import IGNORE_INDEX, prompt_length
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")

@@ -28,8 +28,8 @@ from torch.utils.data import Sampler
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.hooks.types import Pair
 from orpo_plugins.layouts.one_row import common_prefix
+from orpo_plugins.options import check_batch_options
 
-STEP_STRATEGIES = ("pairs", "tokens")
 WINDOW = 50
 """Batches whose pairs are sorted among each other: large enough to find equals, small enough to stay random."""
 
@@ -331,17 +331,6 @@ class PairBatches(Sampler[list[int]]):
                     f"row {row} of those kept takes {self._alone(row)} tokens by itself, more than "
                     f"max_tokens_per_batch={self.max_tokens}: lower max_length, leave the row out, or raise the limit"
                 )
-
-
-def check_batch_options(max_tokens_per_batch: int | None, step_strategy: str) -> None:
-    """Raises `ConfigError` for a value that is unknown or out of range."""
-    if step_strategy not in STEP_STRATEGIES:
-        raise ConfigError(f"unknown step_strategy {step_strategy!r}; known: {', '.join(STEP_STRATEGIES)}")
-    if max_tokens_per_batch is None and step_strategy == "tokens":
-        raise ConfigError("step_strategy='tokens' fills batches up to max_tokens_per_batch, which is None: set it")
-    limit = 1 if max_tokens_per_batch is None else max_tokens_per_batch
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ConfigError(f"max_tokens_per_batch is {limit!r}: it must be None or a whole number of at least 1")
 
 
 def _shuffled(batches: list[list[int]], generator: torch.Generator) -> list[list[int]]:

@@ -270,6 +270,10 @@ def test_a_question_that_both_answers_restate_stays_and_is_reported() -> None:
     result = built(row)
     assert (result.repaired, result.restated) == (False, True)
     assert split(result.pair.chosen)[0] == f"<s>{question}"
+    marked = {name: text.replace(question, f"Question: {question}") for name, text in row.items()}
+    assert not built(marked).repaired
+    short = {"prompt": "Q", "chosen": "User: Quick\nAssistant: yes", "rejected": "User: Quick\nAssistant: no"}
+    assert split(built(short).pair.chosen)[0] == "<s>Q"
     later = {"prompt": question, "chosen": f"you ask {question}: 12", "rejected": f"you ask {question}: 46"}
     assert not built(later).repaired
     assert not built(later).restated

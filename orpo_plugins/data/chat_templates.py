@@ -133,7 +133,9 @@ class TextBuilder:
         shared, own = common_prefix(chosen, rejected), prompt.strip()
         marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_turn(text)]
         if not marked:
-            whole = bool(count_turns(own)) and shared.lstrip().startswith(own)
+            # Up to where the answer begins: a question alone, even "Question: ...", may be restated.
+            opens_answer = count_turns(own) > 1 or (count_turns(own) == 1 and own.endswith(":"))
+            whole = opens_answer and shared.lstrip().startswith(own)
             goes_on = len(shared) < min(len(chosen), len(rejected))
             return goes_on and bool(own) and (whole or holds_conversation(shared, own))
         opening = self._answer_opening

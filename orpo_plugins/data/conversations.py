@@ -164,8 +164,8 @@ def count_turns(text: str) -> int:
 def holds_conversation(text: str, question: str) -> bool:
     """Whether a text has a turn that begins with the question, and another one behind it: the answer's."""
     for turn in _TURN.finditer(text):
-        rest = text[turn.end() :].lstrip()
-        if rest.startswith(question) and count_turns(rest[len(question) :]):
+        before, found, behind = text[turn.end() :].lstrip().partition(question)
+        if found and not before and not behind[:1].isalnum() and count_turns(behind):
             return True
     return False
 

@@ -4,6 +4,7 @@ trainer = ORPOTrainer(model=model, args=ORPOConfig(output_dir="out"), train_data
 trainer.train()
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -277,16 +278,8 @@ def load_tokenizer(model: nn.Module, args: ORPOConfig) -> Any:
 
 def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOptions:
     """The part of the arguments that decides how rows become pairs."""
-    return PairOptions(
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
-        truncation_mode=args.truncation_mode,
-        encoder_decoder=encoder_decoder,
-        sft_rows=args.sft_rows,
-        train_on=args.train_on,
-        template_strings=args.template_strings,
-    )
+    names = (option.name for option in dataclasses.fields(PairOptions) if option.name != "encoder_decoder")
+    return PairOptions(encoder_decoder=encoder_decoder, **{name: getattr(args, name) for name in names})
 
 
 def prepared(rows: Any, tokenizer: Any, options: PairOptions, args: Any, name: str) -> Any:
@@ -299,19 +292,15 @@ def prepared(rows: Any, tokenizer: Any, options: PairOptions, args: Any, name: s
 
 def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
     """The collator that belongs to the arguments."""
+    lengths = dataclasses.asdict(pair_options(args))
+    del lengths["encoder_decoder"]  # the layout says it
     return ORPOCollator(
         tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
-        truncation_mode=args.truncation_mode,
         layout=layout,
         nll_over=args.nll_over,
         padding_value=args.padding_value,
-        sft_rows=args.sft_rows,
-        train_on=args.train_on,
         show_example=args.show_example,
-        template_strings=args.template_strings,
+        **lengths,
     )
 
 

@@ -26,7 +26,7 @@ from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPT
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.kernels.reference import objective_of_logits
-from orpo_plugins.models.checks import check_gradient
+from orpo_plugins.models.checks import check_causal_by_gradient, check_gradient
 from orpo_plugins.models.head import logits_of
 from orpo_plugins.options import NLLNormalization, ORPOOptions
 from orpo_plugins.targets import IN_DECODER, Targets, width_of
@@ -46,7 +46,8 @@ class ORPOLoss:
     per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
     weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always, and is needed
     for batches in another layout than *padded*, for encoder-decoder models, and for adapters with virtual tokens.  A
-    loss function does not see the model, so that only `fuse_head` finds one that is not causal.
+    loss function does not see the model: it finds one that is not causal by the first batch's gradient, where the
+    embeddings have one, and `fuse_head` finds it always.
 
     Args:
         beta: the paper's lambda, >= 0.
@@ -60,7 +61,7 @@ class ORPOLoss:
     def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
         self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
         self._warned = False
-        self._checked = False
+        self._checked = self._causal = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises `ConfigError` for an option that is no option of a loss function."""
@@ -94,6 +95,9 @@ class ORPOLoss:
         _check_positions(logits, labels)
         if num_items_in_batch is not None and torch.is_grad_enabled():  # a Trainer's training step
             check_gradient(logits)
+            if not self._causal:
+                check_causal_by_gradient(logits)
+            self._causal = True
         own_tokens = targets.in_nll.sum().clamp(min=1).float()
         tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).float()
         tokens = tokens.to(own_tokens.device).reshape(-1)[0] if tokens.ndim else tokens.to(own_tokens.device)

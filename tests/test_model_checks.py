@@ -205,6 +205,43 @@ def test_the_trainers_refuse_it_before_the_first_step(name: str, layout: str, tm
         fuse_head(fused).train()
 
 
+EQUALLY_LONG = [{"prompt": "order today", "chosen": " gladly please", "rejected": " never later"}] * 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["paligemma", "gemma", "gemma3", "xlm", "in training alone"])
+def test_a_loss_function_refuses_it_by_the_gradient_of_its_first_logits(
+    name: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    made = stock(tmp_path)
+    made.model = made.model_wrapped = model = BIDIRECTIONAL[name]()
+    made.train_dataset = EQUALLY_LONG  # PaliGemma is causal in batches with padding
+    if checkpointing:
+        if not model.supports_gradient_checkpointing:
+            pytest.skip(f"{name} knows no gradient checkpointing")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(errors.ModelError, match="its first logits have a gradient at later tokens .* Take a causal"):
+        made.train()
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout", "tied", "mixture", "frozen embeddings", "lora", "checkpointing"])
+def test_a_loss_function_lets_causal_models_train(kind: str, tmp_path: Path) -> None:
+    made = stock(tmp_path)
+    changes: dict[str, Any] = {"dropout": {"attention_dropout": 0.5}, "tied": {"tie_word_embeddings": True}}
+    model = tiny.mixture_of_experts() if kind == "mixture" else tiny.model(**changes.get(kind, {}))
+    if kind == "frozen embeddings":
+        model.get_input_embeddings().requires_grad_(False)
+    if kind in ("lora", "checkpointing"):
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model.enable_input_require_grads()
+        model = peft.get_peft_model(model, config)
+    if kind == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    made.model = made.model_wrapped = model
+    made.train()
+    assert made.state.global_step > 0
+
+
 def test_evaluation_does_not_hide_what_training_does() -> None:
     model = BIDIRECTIONAL["in training alone"]().eval()
     assert orpo_forward(model, batch()).loss.isfinite()

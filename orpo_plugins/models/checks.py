@@ -75,20 +75,74 @@ def check_gradient(loss: Tensor, model: nn.Module | None = None) -> None:
 
 
 def _reaches_a_parameter(loss: Tensor) -> bool:
-    seen: set[Any] = set()
-    stack: list[Any] = [loss.grad_fn]
     hidden = False
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _graph(loss):
         if isinstance(getattr(node, "variable", None), nn.Parameter):
             return True
         # A function written in Python may compute its part anew from parameters that are not among its inputs.
         hidden |= isinstance(node, BackwardCFunction) and not _is_ours(node)
-        stack += [following for following, _ in node.next_functions]
     return hidden
+
+
+def check_causal_by_gradient(logits: Tensor) -> None:
+    """Raises `ModelError` where the first logits of a batch depend on later tokens, as far as their graph tells.
+
+    For who sees nothing of the model: the gradient of a row's first logits must be zero at the embeddings of all its
+    other tokens.  Nothing is said where the graph has no embeddings of the batch (they are frozen), where it hides a
+    part of itself (reentrant checkpointing), and on several ranks, whose wrappers expect one backward pass.
+    """
+    if logits.shape[1] < 2 or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    node, source = _embeddings(logits)
+    if source is None:
+        return
+    found: list[Tensor] = []
+    handle = None if node is None else node.register_prehook(lambda gradients: found.append(gradients[0]))
+    try:
+        (own,) = torch.autograd.grad(logits[:, 0].float().square().sum(), source, retain_graph=True)
+    except RuntimeError:  # a graph that cannot be gone through twice, or not from here
+        return
+    finally:
+        if handle is not None:
+            handle.remove()
+    gradient = found[0] if found else own
+    norms = gradient.detach().float().norm(dim=-1)
+    leak = float(norms[:, 1:].max() / norms[:, 0].max().clamp(min=1e-30))
+    if leak > _TOLERANCE:
+        raise ModelError(
+            f"the model is not causal: its first logits have a gradient at later tokens ({leak:.1e} of that at the "
+            "first one), so answers would be scored by what they say later on. Take a causal language model, or make "
+            "this one causal (PaliGemma: attn_implementation='eager')"
+        )
+
+
+def _embeddings(logits: Tensor) -> tuple[Any, Tensor | None]:
+    """Where a graph has the embeddings [R, T, H] of the logits' own rows.
+
+    (node whose gradient that is, parameter behind it), or (None, the embeddings themselves) where they are a leaf, as
+    under gradient checkpointing with frozen weights.
+    """
+    for node in _graph(logits):
+        if type(node).__name__ == "EmbeddingBackward0" and tuple(node._saved_indices.shape) == logits.shape[:2]:
+            source = getattr(node.next_functions[0][0], "variable", None)
+            if isinstance(source, Tensor):
+                return node, source
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf.ndim == 3 and leaf.shape[:2] == logits.shape[:2]:
+            return None, leaf
+    return None, None
+
+
+def _graph(result: Tensor) -> Iterator[Any]:
+    """All nodes behind a tensor."""
+    seen: set[Any] = set()
+    stack: list[Any] = [result.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack += [following for following, _ in node.next_functions]
 
 
 def _is_ours(node: Any) -> bool:

@@ -211,7 +211,7 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     if report.all_whole():  # else it is in the log already, as a warning
         logger.info("%s", report.summary())
     if dataset.type in OWN_TYPES:
-        _tell_strings(name, report, template=_own_template(dataset) or cfg.chat_template)
+        _log_strings(name, report, template=_own_template(dataset) or cfg.chat_template)
     if strategy == "truncate":
         return pairs
     return drop_too_long(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
@@ -303,7 +303,7 @@ def _keys_in_place_of_type(rows: Any, dataset: Any, cfg: Any, tokenizer: Any) ->
         yield f"field_{expected}", given
 
 
-def _tell_strings(name: str, report: Any, *, template: Any) -> None:
+def _log_strings(name: str, report: Any, *, template: Any) -> None:
     """Says whether strings were written with the chat template; a warning where one is set and was not used."""
     if report.strings_templated:
         logger.info("%s: %d rows of strings are written with the chat template", name, report.strings_templated)

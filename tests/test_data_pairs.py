@@ -239,7 +239,7 @@ def test_answers_that_hold_a_conversation_as_text_do_not_repeat_its_question(
     before: str, behind: str, question: str
 ) -> None:
     text = f"{before}{question}{behind}"
-    for prompt in (question, text):
+    for prompt in (question, text, f"{before}{question}"):
         result = built({"prompt": prompt, "chosen": f"{text} gladly", "rejected": f"{text} never"})
         assert result.repaired
         assert split(result.pair.chosen) == (f"<s>{text.rstrip(' ')}", " gladly<|im_end|>")

@@ -134,8 +134,9 @@ class TextBuilder:
         marked = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if self._starts_turn(text)]
         if not marked:
             # Up to where the answer begins: a question alone, even "Question: ...", may be restated.
-            opens_answer = count_turns(own) > 1 or (count_turns(own) == 1 and own.endswith(":"))
-            whole = opens_answer and shared.lstrip().startswith(own)
+            behind = shared.lstrip().removeprefix(own)
+            opens_answer = count_turns(own) > 1 or own.endswith(":") or count_turns(behind) > 0
+            whole = bool(count_turns(own)) and behind != shared.lstrip() and opens_answer
             goes_on = len(shared) < min(len(chosen), len(rejected))
             return goes_on and bool(own) and (whole or holds_conversation(shared, own))
         opening = self._answer_opening

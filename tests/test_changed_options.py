@@ -390,7 +390,7 @@ def test_label_smoothing_that_is_set_later_is_an_error(tmp_path: Path) -> None:
         made.train()
 
 
-@pytest.mark.parametrize("name", ["options", "tokenizer", "pad_to_multiple_of", "max_length"])
+@pytest.mark.parametrize("name", ["options", "tokenizer", "max_length"])
 def test_what_a_collator_was_made_with_stays(name: str) -> None:
     collator = ORPOCollator(tiny.tokenizer())
     with pytest.raises(errors.ConfigError, match=f"{name}=8 would have no effect on a collator that is made"):
@@ -404,3 +404,5 @@ def test_a_collators_layout_goes_by_its_name_too() -> None:
     assert torch.equal(collator(tiny.rows(2))["input_ids"], expected["input_ids"])
     with pytest.raises(errors.ConfigError, match="unknown layout 'x'; known: auto, "):
         collator.layout = "x"
+    with pytest.raises(errors.ConfigError, match="pad_to_multiple_of=8 needs layout='padded'"):
+        collator.pad_to_multiple_of = 8

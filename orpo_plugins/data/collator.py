@@ -25,7 +25,7 @@ from orpo_plugins.targets import with_weights, with_width
 logger = logging.getLogger(__name__)
 
 _READ_ONCE = frozenset([*(field.name for field in dataclasses.fields(PairOptions)), "padding_value"])
-_SET_ONCE = ("options", "tokenizer", "pad_to_multiple_of")
+_SET_ONCE = ("options", "tokenizer")
 _FORMATS = "row_formats"
 
 
@@ -86,11 +86,6 @@ class ORPOCollator:
             train_on=train_on,
             template_strings=template_strings,
         )
-        if pad_to_multiple_of is not None and (self.layout.name != "padded" or pad_to_multiple_of < 1):
-            raise ConfigError(
-                f"pad_to_multiple_of={pad_to_multiple_of!r} needs layout='padded' and a positive number; the layout is "
-                f"{self.layout.name!r}, which pads in its own way or not at all"
-            )
         self.tokenizer = tokenizer
         self.nll_over = nll_over
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -127,6 +122,11 @@ class ORPOCollator:
             check_option(name, value)
         if name == "layout" and isinstance(value, str):
             value = plugins.layout("padded" if value == "auto" else value)
+        if name == "pad_to_multiple_of" and value is not None and (self.layout.name != "padded" or value < 1):
+            raise ConfigError(
+                f"pad_to_multiple_of={value!r} needs layout='padded' and a positive number; the layout is "
+                f"{self.layout.name!r}, which pads in its own way or not at all"
+            )
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

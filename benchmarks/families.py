@@ -158,6 +158,8 @@ def families() -> list[str]:
 
 def check_family(family: str) -> Result:
     """Builds the family small and compares the layouts, or says why not."""
+    if family in NOT_TEXT:
+        return Result(family=family, verdict=f"not tried: {NOT_TEXT[family]}")
     with _quiet():
         try:
             model, note = tiny_model(family), ""
@@ -182,8 +184,6 @@ def not_built(family: str, error: Exception) -> Result:
     """The verdict of a family that cannot be made small, from its full size without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family in NOT_TEXT:
-        return Result(family=family, verdict=f"not tried: {NOT_TEXT[family]}")
     try:
         config = AutoConfig.for_model(family, **EXTRA.get(family, {}))
         if reason := layout_support.unsupported_layer_types(config.get_text_config()):
@@ -255,7 +255,7 @@ NOT_TEXT = {
     "musicgen": "a decoder of audio codes",
     "musicgen_melody": "a decoder of audio codes",
 }
-"""Families that cannot be built from a configuration alone, and what they are."""
+"""Families that cannot be built or run from a configuration alone, and what they are."""
 
 
 def _is_property(config: Any, key: str) -> bool:

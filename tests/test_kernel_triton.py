@@ -39,7 +39,7 @@ def differences(case, transform, kept):
 
     class OnAnyDevice:
         @staticmethod
-        @plugins.hookspecs.hookimpl
+        @plugins.specs.hookimpl
         def orpo_kernels():
             return [Kernel(name="interpreted", compute=triton_head.triton_head)]
 

@@ -8,12 +8,31 @@ import sys
 from typing import Any
 
 import orpo_plugins
-from orpo_plugins.data import chat_id_pairs, conversations, pairs, row_formats, row_values, tokenized_rows
-from orpo_plugins.data import chat_templates as texts
-from orpo_plugins.data import encoder_decoder_pairs as separate_pairs
+from orpo_plugins.data import (
+    chat_id_pairs,
+    chat_templates,
+    conversations,
+    encoder_decoder_pairs,
+    pairs,
+    row_formats,
+    row_values,
+    tokenized_rows,
+)
 from orpo_plugins.data.pairs import PairBuilder
-from orpo_plugins.hooks import plugins
-from orpo_plugins.hooks import types as interfaces
+from orpo_plugins.hooks import plugins, types
+
+_OURS = (
+    chat_id_pairs,
+    chat_templates,
+    conversations,
+    encoder_decoder_pairs,
+    pairs,
+    row_formats,
+    row_values,
+    tokenized_rows,
+    types,
+)
+"""The modules that decide what becomes of a row."""
 
 
 def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:
@@ -24,8 +43,7 @@ def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    ours = (chat_id_pairs, interfaces, pairs, row_formats, row_values, conversations, separate_pairs, texts)
-    modules = [inspect.getmodule(mapped), *ours, tokenized_rows]
+    modules = [inspect.getmodule(mapped), *_OURS]
     formats = [(row_format.name, _source(row_format.parse)) for row_format in plugins.row_formats()]
     return str(
         Hasher.hash(

@@ -6,15 +6,15 @@ from types import ModuleType
 def plugins() -> dict[str, ModuleType]:
     """Modules whose functions implement the hooks; torch is the heaviest thing that they import."""
     from orpo_plugins.data import row_formats
-    from orpo_plugins.hooks import methods as announced
+    from orpo_plugins.hooks import methods
     from orpo_plugins.kernels import chunked, reference, triton_head
-    from orpo_plugins.layouts import padded as layouts
+    from orpo_plugins.layouts import padded
 
     return {
         "orpo-row-formats": row_formats,
-        "orpo-layouts": layouts,
+        "orpo-layouts": padded,
         "orpo-kernel-reference": reference,
         "orpo-kernel-chunked": chunked,
         "orpo-kernel-triton": triton_head,
-        "orpo-methods": announced,
+        "orpo-methods": methods,
     }

@@ -8,7 +8,7 @@ import pluggy
 import torch
 
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.hooks import specs as hookspecs
+from orpo_plugins.hooks import specs
 from orpo_plugins.hooks.types import Kernel, Layout, Method, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 
@@ -26,11 +26,11 @@ NamedT = TypeVar("NamedT", bound=_Named)
 @functools.cache
 def get_plugin_manager() -> pluggy.PluginManager:
     """The process-wide manager, with the built-in plugins and every installed entry point registered."""
-    from orpo_plugins.hooks import builtin as builtins
+    from orpo_plugins.hooks import builtin
 
     manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
-    for name, plugin in builtins.plugins().items():
+    manager.add_hookspecs(specs)
+    for name, plugin in builtin.plugins().items():
         manager.register(plugin, name=name)
     manager.load_setuptools_entrypoints(GROUP)
     manager.check_pending()

@@ -148,9 +148,9 @@ class _OneRow:
 
 
 def _unsupported(model: torch.nn.Module) -> str | None:
-    from orpo_plugins.layouts import support as layout_support
+    from orpo_plugins.layouts import support
 
-    return layout_support.unsupported(model)
+    return support.unsupported(model)
 
 
 def _prepare(model: torch.nn.Module) -> None:

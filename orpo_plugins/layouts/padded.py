@@ -21,13 +21,12 @@ Target = tuple[int, int, int, int]
 @hookimpl
 def orpo_layouts() -> list[Layout]:
     """The built-in layouts."""
-    from orpo_plugins.layouts import encoder_decoder as seq2seq
-    from orpo_plugins.layouts import one_row as packing
+    from orpo_plugins.layouts import encoder_decoder, one_row
 
     return [
         Layout(name="padded", collate=collate_padded, unsupported=_not_a_decoder),
-        *packing.layouts(),
-        *seq2seq.layouts(),
+        *one_row.layouts(),
+        *encoder_decoder.layouts(),
     ]
 
 

@@ -163,7 +163,7 @@ class ORPOMethods:
     # ---- options that change
 
     def follow_options(self) -> None:
-        """Applies what has changed in the arguments since the last run, or raises `ConfigError` (`hf_changed_options`)."""
+        """Applies what has changed in the arguments since the last run, or raises `ConfigError`."""
         self._check_smoothing()
         new = changed(self._followed, self.args, running=self._running)
         if new:

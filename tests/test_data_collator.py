@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from helpers import chatml_tokenizer, gpt2_tokenizer
 from torch import Tensor
@@ -90,9 +91,21 @@ def test_padding_to_a_multiple_changes_nothing_but_the_width() -> None:
 
 def test_layouts_are_taken_by_name() -> None:
     packed = ORPOCollator(TOKENIZER, layout="packed")(RAW[:2])
-    padded = ORPOCollator(TOKENIZER, layout="auto")(RAW[:2])
+    padded = ORPOCollator(TOKENIZER, layout="padded")(RAW[:2])
     assert packed["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
     assert torch.equal(packed["labels"][:, 1], padded["labels"][:, 1])
+
+
+def test_auto_means_what_it_means_to_a_trainer_and_needs_the_model() -> None:
+    assert ORPOCollator(TOKENIZER, layout="auto", model=tiny.model()).layout.name == "shared"
+    assert ORPOCollator(TOKENIZER, layout="auto", model=tiny.model("StableLm")).layout.name == "padded"
+    with pytest.raises(ConfigError, match=r"layout='auto' depends on the model: pass it too, ORPOCollator\("):
+        ORPOCollator(TOKENIZER, layout="auto")
+    with pytest.raises(ConfigError, match="layout 'seq2seq' cannot be used here: LlamaForCausalLM has no enc"):
+        ORPOCollator(TOKENIZER, layout="seq2seq", model=tiny.model())
+    collator = ORPOCollator(TOKENIZER)
+    with pytest.raises(ConfigError, match="layout='auto' depends on the model"):
+        collator.layout = "auto"
 
 
 def test_lengths_are_honoured() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from orpo_plugins import errors, orpo_forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Kernel, Pair, TokenSequence
-from orpo_plugins.layouts.padded import collate_padded
+from orpo_plugins.layouts.padded import Padded
 from orpo_plugins.models.head import head_options, output_head, unwrap_model
 
 SIZES: dict[str, Any] = {
@@ -58,7 +58,7 @@ def batch(num_pairs: int = 3) -> dict[str, Any]:
         return TokenSequence(input_ids=ids, labels=[-100] * prompt + ids[prompt:])
 
     pairs = [Pair(chosen=sequence(4 + i, 3 + i), rejected=sequence(4 + i, 6 - i)) for i in range(num_pairs)]
-    return collate_padded(pairs, pad_token_id=0, nll_over="sequence")
+    return Padded().collate(pairs, pad_token_id=0, nll_over="sequence")
 
 
 def loss_and_gradients(model: nn.Module, kernel: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

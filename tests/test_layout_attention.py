@@ -14,7 +14,7 @@ from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
-from orpo_plugins.layouts.one_row import Span, Spans
+from orpo_plugins.layouts.spans import Span, Spans
 from orpo_plugins.models.router import router_coefficient
 
 pytestmark = pytest.mark.filterwarnings(

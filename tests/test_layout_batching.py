@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layout_collate import pair
 
+from orpo_plugins.data.lengths import token_costs
+from orpo_plugins.data.pairs import BuiltPair
+from orpo_plugins.data.tokenized_rows import tokenized_row
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.layouts.batches import PairBatches, pair_tokens
+from orpo_plugins.hooks import plugins
+from orpo_plugins.layouts.batches import PairBatches
 
 LENGTHS = random.Random(0).choices(range(10, 201), k=101)
 SKEWED = [2000 if index % 10 == 0 else 100 for index in range(400)]
@@ -49,9 +53,10 @@ def sampler_of(lengths: list[Any], **options: Any) -> PairBatches:
 
 
 def test_a_pairs_tokens_are_those_its_layout_computes() -> None:
-    one = pair([1, 2, 3], [4, 5], [6, 7, 8])
-    assert pair_tokens(one, "packed") == 11
-    assert pair_tokens(one, "shared") == 8
+    rows = [tokenized_row(BuiltPair(pair=pair([1, 2, 3], [4, 5], [6, 7, 8])))]
+    costs = {"padded": (6,), "packed": (11,), "shared": (8,), "seq2seq": (3, 3)}
+    assert {name: token_costs(rows, plugins.layout(name)) for name in costs} == {n: [c] for n, c in costs.items()}
+    assert token_costs(rows, plugins.layout("padded"), multiple_of=4) == [(8,)]
 
 
 @settings(max_examples=300, deadline=None)

@@ -9,17 +9,18 @@ from test_layout_attention import model, random_pairs
 from orpo_plugins import forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts.check import LayoutReport, check_layout
-from orpo_plugins.layouts.one_row import SPANS, Spans
+from orpo_plugins.layouts.shared import Shared
+from orpo_plugins.layouts.spans import SPANS, Spans
 
 
-def without_context(layout):
+class WithoutContext(Shared):
     """*shared* with the rejected answers cut off from their prompts."""
 
-    def collate(*args, **kwargs):
-        batch = layout.collate(*args, **kwargs)
-        return {**batch, SPANS: Spans(spans=tuple(span._replace(context_length=0) for span in batch[SPANS].spans))}
+    name = "wrong"
 
-    return replace(layout, name="wrong", collate=collate)
+    def collate(self, pairs, **options):
+        batch = super().collate(pairs, **options)
+        return {**batch, SPANS: Spans(spans=tuple(span._replace(context_length=0) for span in batch[SPANS].spans))}
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
@@ -36,11 +37,11 @@ def test_right_layouts_pass_in_fp32(layout):
 def test_right_layouts_pass_in_low_precision_and_wrong_ones_do_not(dtype):
     made, shared = model().to(dtype), plugins.layout("shared")
     assert check_layout(made, random_pairs(), shared, pad_token_id=0).passed
-    assert not check_layout(made, random_pairs(), without_context(shared), pad_token_id=0).passed
+    assert not check_layout(made, random_pairs(), WithoutContext(), pad_token_id=0).passed
 
 
 def test_a_wrong_layout_names_the_first_layer():
-    wrong = without_context(plugins.layout("shared"))
+    wrong = WithoutContext()
     report = check_layout(model(), random_pairs(), wrong, pad_token_id=0)
     assert not report.passed
     assert report.first_layer == "model.layers.0 (LlamaDecoderLayer)"
@@ -50,7 +51,7 @@ def test_a_wrong_layout_names_the_first_layer():
 
 def test_the_layer_type_is_named_where_the_configuration_knows_it():
     made = model("Qwen3", layer_types=["full_attention"] * 3)
-    report = check_layout(made, random_pairs(), without_context(plugins.layout("shared")), pad_token_id=0)
+    report = check_layout(made, random_pairs(), WithoutContext(), pad_token_id=0)
     assert report.first_layer == "model.layers.0 (Qwen3DecoderLayer, full_attention)"
 
 
@@ -84,7 +85,7 @@ def test_rounding_that_moves_routers_is_told_from_a_wrong_layout_layer_by_layer(
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_wrong_layout_of_a_mixture_fails_in_bf16(name):
-    report = check_layout(mixture(name), LONG, without_context(plugins.layout("shared")), pad_token_id=0)
+    report = check_layout(mixture(name), LONG, WithoutContext(), pad_token_id=0)
     assert not report.passed
     assert report.layer_difference > 0.05
     assert "DecoderLayer" in report.first_layer
@@ -117,12 +118,11 @@ def test_short_convolutions_are_named(layout, dtype, monkeypatch):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_layout_that_goes_by_the_labels_is_compared_where_something_is_predicted(right):
-    shared = plugins.layout("shared") if right else without_context(plugins.layout("shared"))
+    class ByLabels(Shared if right else WithoutContext):
+        def collate(self, pairs, **options):
+            return super().collate(pairs if pairs[0].chosen.labels[0] == -100 else pairs[::-1], **options)
 
-    def collate(pairs, **options):
-        return shared.collate(pairs if pairs[0].chosen.labels[0] == -100 else pairs[::-1], **options)
-
-    report = check_layout(model(), random_pairs(), replace(shared, collate=collate), pad_token_id=0)
+    report = check_layout(model(), random_pairs(), ByLabels(), pad_token_id=0)
     assert report.passed == right
 
 

@@ -6,7 +6,6 @@ import logging
 import sys
 import types
 import weakref
-from dataclasses import replace
 
 import pytest
 import tiny
@@ -19,6 +18,7 @@ from orpo_plugins.forward import orpo_forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.layouts.padded import Padded
 
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
 CONV_REASON = "its conv layers are something else than softmax attention over their sequence"
@@ -60,22 +60,20 @@ def asked():
     """The models that a plugin's layout, known by a keyword of its own, was asked about."""
     models, reasons = [], []
 
-    def unsupported(one):
-        models.append(one)
-        return reasons[0] if reasons else None
+    class Counting(Padded):
+        name = batch_key = "counting"
 
-    counting = replace(
-        plugins.layout("padded"),
-        name="counting",
-        unsupported=unsupported,
-        keyword="counting",
-        model_inputs=lambda _, inputs: {name: value for name, value in inputs.items() if name != "counting"},
-    )
+        def unsupported(self, model):
+            models.append(model)
+            return reasons[0] if reasons else None
+
+        def model_inputs(self, model, inputs):
+            return {name: value for name, value in inputs.items() if name != "counting"}
 
     class Plugin:
         @hookimpl
         def orpo_layouts(self):
-            return [counting]
+            return [Counting()]
 
     plugin = Plugin()
     get_plugin_manager().register(plugin)

@@ -9,14 +9,14 @@ import tiny
 import torch
 from datasets import Dataset
 from launching import run_worker
-from test_layout_check import without_context
+from test_layout_check import WithoutContext
 from test_stock_trainer import losses, stock
 from training import logged, trainer
 
 from orpo_plugins import ORPOTrainer, errors, fuse_head
+from orpo_plugins.data.lengths import token_costs
 from orpo_plugins.hooks import plugins
 from orpo_plugins.integrations import hf_run_start as before_training
-from orpo_plugins.integrations.hf_loader import sizes
 
 ROWS = tiny.rows(12)
 UNUSABLE = [{"prompt": "desk", "chosen": " call", "rejected": " call"}]
@@ -24,7 +24,7 @@ UNUSABLE = [{"prompt": "desk", "chosen": " call", "rejected": " call"}]
 
 def wrong(made: Any) -> Any:
     """The trainer, with *shared* in its collator cutting rejected answers off from their prompts."""
-    made.data_collator.layout = without_context(plugins.layout("shared"))
+    made.data_collator.layout = WithoutContext()
     return made
 
 
@@ -174,7 +174,8 @@ def test_an_epochs_tokens_are_told_once(layout: str, tmp_path: Path, caplog: pyt
     rows = list(made.train_dataset)
     longest = [max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])) for row in rows]
     padded = sum(4 * max(pair) for pair in zip(longest[::2], longest[1::2], strict=True))
-    distinct = sum(sizes(made.train_dataset, made.data_collator, "packed" if layout == "padded" else layout)[0])
+    counted = plugins.layout("packed" if layout == "padded" else layout)
+    distinct = sum(tokens for (tokens,) in token_costs(made.train_dataset, counted))
     made.train()
     made.train()
     assert told(caplog) == [
@@ -190,7 +191,7 @@ def test_of_many_rows_the_tokens_are_estimated(
     from orpo_plugins.integrations import hf_loader as pair_loader
 
     made = trainer(tmp_path, rows=Dataset.from_list(ROWS * 4), layout="shared", max_steps=1)
-    exact = sum(sizes(made.train_dataset, made.data_collator)[0])
+    exact = sum(tokens for (tokens,) in token_costs(made.train_dataset, made.data_collator.layout))
     monkeypatch.setattr(pair_loader, "_COUNTED_ROWS", 10)
     made.train()
     (text,) = told(caplog)

@@ -39,6 +39,7 @@ def run(
     model: PreTrainedModel,
     rows: list[dict[str, Any]],
     folder: Path,
+    make_tokenizer: Callable[[], Any] = tiny.tokenizer,
     **options: Any,
 ) -> tuple[Record, list[dict[str, float]], dict[str, float]]:
     """(gradients per step, training logs, evaluation metrics) of three SGD steps."""
@@ -68,7 +69,7 @@ def run(
             args=config_class(**arguments),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(rows[:4]),
-            processing_class=tiny.tokenizer(),
+            processing_class=make_tokenizer(),
             callbacks=[record],
         )
         trainer.train()

@@ -31,15 +31,13 @@ def loss_and_gradients(model: PreTrainedModel, kernel: str) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["t5", "t5 1.1", "bart"])
-def test_loss_gradients_and_metrics_are_those_of_trl(
-    name: str, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiny, "tokenizer", lambda: tokenizer(bos=name == "bart"))
+def test_loss_gradients_and_metrics_are_those_of_trl(name: str, accumulation: int, tmp_path: Path) -> None:
     compare(
         lambda: build(name),
         tiny.rows(12),
         tmp_path,
         "auto",
+        make_tokenizer=lambda: tokenizer(bos=name == "bart"),
         gradient_accumulation_steps=accumulation,
         max_completion_length=16,
         per_device_train_batch_size=2,
@@ -48,9 +46,9 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
     )
 
 
-def test_conversations_are_those_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "tokenizer", tokenizer)
-    compare(lambda: build("t5"), tiny.conversations(8), tmp_path, "auto", max_completion_length=128)
+def test_conversations_are_those_of_trl(tmp_path: Path) -> None:
+    conversations = tiny.conversations(8)
+    compare(lambda: build("t5"), conversations, tmp_path, "auto", make_tokenizer=tokenizer, max_completion_length=128)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,12 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-from test_layout_check import WithoutContext
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts.check import check_layout
+from tests.kit import tiny
+from tests.kit.laid_out import WithoutContext
 
 
 def train(options: dict[str, Any], folder: str) -> tuple[dict[str, Any], ORPOTrainer]:

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from orpo_plugins.data.dataset import prepare_dataset
 from orpo_plugins.errors import BatchError, ConfigError, RowError
 from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import Targets
+from tests.kit import tiny
 from tests.kit.tokenizers import chatml_tokenizer, gpt2_tokenizer
 
 TOKENIZER = chatml_tokenizer()

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{trl,chat,info}")
     commands.add_parser("trl", help="train as `trl dpo` does; --help lists every option")
     commands.add_parser("chat", help="talk to a trained model; --help lists every option")
-    commands.add_parser("info", help="show versions, kernels, layouts, row formats, methods and plugins")
+    commands.add_parser("info", help="show versions, kernels, layouts, row formats and plugins")
     try:
         if arguments[:1] == ["trl"]:  # its options are the training script's, whose imports take seconds
             return train(arguments[1:])
@@ -45,22 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """Launches the training script through Accelerate; flags that only Accelerate knows go to it.
-
-    The first argument may name a method announced for TRL; `orpo` where it names none.
-    """
+    """Launches the training script through Accelerate; flags that only Accelerate knows go to it."""
     try:
         from accelerate.commands.launch import launch_command, launch_command_parser
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
     except ImportError as error:
         raise missing_extra("trl", "trl") from error
-    from orpo_plugins.integrations.trl_script import make_parser
+    from orpo_plugins.integrations.trl_script import make_parser, without_method
 
-    named = bool(arguments) and not arguments[0].startswith("-")
-    method, options = (arguments[0], arguments[1:]) if named else ("orpo", arguments)
+    options = without_method(arguments)
     # Reading the options here, in one process, prints help and names a bad value before anything is launched.
-    parser = make_parser(method)
+    parser = make_parser()
     _, training, *_, from_config, from_flags = parser.parse_args_and_config(
         options, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -68,7 +64,7 @@ def train(arguments: list[str]) -> int:
     for_launcher = resolve_accelerate_config_argument(from_config + from_flags)
     _refuse_unknown(for_launcher, parser, launcher)
     for_script = _without(options, from_flags)
-    launch = launcher.parse_args([*for_launcher, "--module", SCRIPT, method, *for_script])
+    launch = launcher.parse_args([*for_launcher, "--module", SCRIPT, *for_script])
     if starts_too_few(launch, use_cpu=training.use_cpu):
         launch.training_script_args += [] if training.use_cpu else ["--use_cpu", "True"]
         launch.cpu, launch.multi_gpu = False, True  # torchrun, whatever the device
@@ -122,24 +118,15 @@ def print_info() -> None:
             print(f"{package:15} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"{package:15} not installed")
-    print(f"\nkernels on {device}")
+    print(f"\nkernels for bf16 on {device}")
+    operands = plugins.stand_ins(torch.bfloat16, device)
     for kernel in sorted(plugins.kernels(), key=lambda kernel: -kernel.priority):
-        print(f"  {kernel.name:13} {kernel.unsupported(device) or 'available'}")
+        print(f"  {kernel.name:13} {kernel.unsupported(*operands) or 'available'}")
     print("layouts\n  " + ", ".join(layout.name for layout in plugins.layouts()))
     print("row formats")
     for row_format in plugins.row_formats():
         print(f"  {row_format.name:31} {row_format.columns}")
-    print("methods")
-    for framework in ("transformers", "trl", "axolotl"):
-        for method in plugins.methods(framework):
-            print(f"  {framework:13} {method.name}: {method.trainer}")
     print("plugins")
-    distributions = {id(plugin): found.metadata["name"] for plugin, found in _distributions()}
-    for name, plugin in plugins.get_plugin_manager().list_name_plugin():
-        print(f"  {name} ({distributions.get(id(plugin), 'built in')})")
-
-
-def _distributions() -> list[tuple[object, importlib.metadata.Distribution]]:
-    from orpo_plugins.hooks import plugins
-
-    return [(plugin, facade._dist) for plugin, facade in plugins.get_plugin_manager().list_plugin_distinfo()]
+    manager = plugins.get_plugin_manager()
+    for name, _ in manager.list_name_plugin():
+        print(f"  {manager.label(name)}")

@@ -3,7 +3,6 @@
 It can be launched directly as well: `accelerate launch -m orpo_plugins.integrations.trl_script orpo ...`
 """
 
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from orpo_plugins.errors import ConfigError, ORPOError
-from orpo_plugins.hooks import plugins
-from orpo_plugins.hooks.types import Method
+from orpo_plugins.integrations.hf_config import ORPOConfig
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, translate
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -57,36 +55,34 @@ def _name_and_value(group: list[str]) -> tuple[str, str]:
     return name.lstrip("-").replace("-", "_"), value if equals else " ".join(group[1:]) or "true"
 
 
-def make_parser(method: str = "orpo") -> ORPOParser:
-    """The parser of all options for a method announced to TRL; `ConfigError` for an unknown method."""
-    types = (ScriptArguments, load(find_method(method).config), ModelConfig, DatasetMixtureConfig)
-    return ORPOParser(types, prog=f"orpo-plugins trl {method}")
+def make_parser() -> ORPOParser:
+    """The parser of all options."""
+    types = (ScriptArguments, ORPOConfig, ModelConfig, DatasetMixtureConfig)
+    return ORPOParser(types, prog="orpo-plugins trl orpo")
 
 
-def find_method(name: str) -> Method:
-    """The method of that name among those announced to TRL."""
-    known = {method.name: method for method in plugins.methods("trl")}
-    if name not in known:
-        raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(known))}")
-    return known[name]
-
-
-def load(path: str) -> Any:
-    """The object at "package.module.name"."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def without_method(arguments: Sequence[str]) -> list[str]:
+    """The options alone: the method's name may stand before them, as in `trl dpo`, and there is one method."""
+    if not arguments or arguments[0].startswith("-"):
+        return list(arguments)
+    if arguments[0] != "orpo":
+        raise ConfigError(f"unknown method {arguments[0]!r}; known: orpo")
+    return list(arguments[1:])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, saves, and pushes where asked to; `arguments` start with the method's name."""
-    method, *options = sys.argv[1:] if arguments is None else arguments
-    script, args, model, mixture = make_parser(method).parse_args_and_config(options, fail_with_unknown_args=False)
+    """Trains, saves, and pushes where asked to."""
+    # Here, since the command that launches this reads the options alone.
+    from orpo_plugins.integrations.hf_trainer import ORPOTrainer
+
+    options = without_method(sys.argv[1:] if arguments is None else arguments)
+    script, args, model, mixture = make_parser().parse_args_and_config(options, fail_with_unknown_args=False)
     if not model.model_name_or_path:
         raise ConfigError("--model_name_or_path is missing: pass a model's name or path")
     args.model_init_kwargs = model_arguments(model, args)
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
     train_dataset, eval_dataset = datasets_of(script, mixture, evaluates)
-    trainer = load(find_method(method).trainer)(
+    trainer = ORPOTrainer(
         model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,

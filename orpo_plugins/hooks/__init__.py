@@ -7,7 +7,7 @@ def orpo_loss_terms():
     return [hooks.LossTerm(name="simpo", compute=simpo)]
 """
 
-from orpo_plugins.hooks.plugins import get_plugin_manager
+from orpo_plugins.hooks.manager import get_plugin_manager
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import (
     HeadOptions,
@@ -17,7 +17,6 @@ from orpo_plugins.hooks.types import (
     Layout,
     LayoutFunction,
     Message,
-    Method,
     Metric,
     Objective,
     Pair,
@@ -37,7 +36,6 @@ __all__ = [
     "LayoutFunction",
     "LossTerm",
     "Message",
-    "Method",
     "Metric",
     "ORPOOutput",
     "Objective",

@@ -106,6 +106,6 @@ def _load(manager: PluginManager, entry_point: importlib.metadata.EntryPoint) ->
         manager.register(entry_point.load(), name=name)
     except Exception as error:  # whatever a module raises while it is imported
         raise PluginError(
-            f"the plugin {name} ({source}) cannot be loaded from {entry_point.value!r}: "
+            f"plugin {name} ({source}) cannot be loaded from {entry_point.value!r}: "
             f"{type(error).__name__}: {error}. {manager.way_out(name)}"
         ) from error

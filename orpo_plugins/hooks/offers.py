@@ -80,7 +80,7 @@ def _collected(hook: str, implementations: tuple[HookImpl, ...]) -> tuple[Any, .
 def _of_third_party(implementation: HookImpl, hook: str) -> list[Any]:
     """What the hook of a third-party plugin returns, checked and guarded."""
     manager, kind = get_plugin_manager(), _PARTS[hook][0]
-    where = f"the plugin {manager.label(implementation.plugin_name)}: {hook}"
+    where = f"plugin {manager.label(implementation.plugin_name)}, hook {hook}"
     way_out = manager.way_out(implementation.plugin_name)
     parts = _reporting(implementation.function, (list, tuple), where, way_out)()
     for part in parts:
@@ -97,7 +97,7 @@ def _guarded(part: Any, hook: str, where: str, way_out: str) -> Any:
     part = copy.copy(part)
     for name, returns in functions.items():
         function = getattr(part, name)
-        place = f"{where}: {name} of the {kind.__name__} {part.name!r}"
+        place = f"{where}: {name} of {kind.__name__} {part.name!r}"
         if not callable(function):
             raise PluginError(f"{place} is {_described(function)}, not a function. {way_out}")
         checked = _one_number_per_pair(function) if kind is LossTerm else function

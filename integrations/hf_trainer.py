@@ -24,8 +24,8 @@ from transformers.trainer_utils import number_of_arguments
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
 from orpo_plugins.errors import ConfigError, missing_extra
+from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.plugins import best_layout
-from orpo_plugins.hooks.types import Layout
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, RUN_OPTIONS, cannot_change
 from orpo_plugins.integrations.hf_config import ORPOConfig

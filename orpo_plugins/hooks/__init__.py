@@ -7,6 +7,7 @@ def orpo_loss_terms():
     return [hooks.LossTerm(name="simpo", compute=simpo)]
 """
 
+from orpo_plugins.hooks.layout import Layout, PairLengths
 from orpo_plugins.hooks.manager import get_plugin_manager
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import (
@@ -14,8 +15,6 @@ from orpo_plugins.hooks.types import (
     HeadResult,
     Kernel,
     KernelFunction,
-    Layout,
-    LayoutFunction,
     Message,
     Metric,
     Objective,
@@ -33,13 +32,13 @@ __all__ = [
     "Kernel",
     "KernelFunction",
     "Layout",
-    "LayoutFunction",
     "LossTerm",
     "Message",
     "Metric",
     "ORPOOutput",
     "Objective",
     "Pair",
+    "PairLengths",
     "PairLogps",
     "Preference",
     "RowFormat",

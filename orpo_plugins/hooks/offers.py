@@ -16,8 +16,9 @@ from pluggy import HookImpl
 from torch import Tensor
 
 from orpo_plugins.errors import ORPOError, PluginError
+from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.manager import get_plugin_manager
-from orpo_plugins.hooks.types import HeadResult, Kernel, Layout, Metric, Preference, RowFormat
+from orpo_plugins.hooks.types import HeadResult, Kernel, Metric, Preference, RowFormat
 from orpo_plugins.objective import LossTerm, PairLogps
 
 Returns = type | tuple[type, ...]
@@ -33,6 +34,8 @@ _PARTS: Mapping[str, tuple[type, Mapping[str, Returns]]] = {
             "prepare": object,
             "forward_context": AbstractContextManager,
             "model_inputs": dict,
+            "token_cost": Tensor,
+            "longest_sequence": (int, NoneType),
         },
     ),
     "orpo_kernels": (Kernel, {"compute": HeadResult, "unsupported": _REASON}),
@@ -86,8 +89,9 @@ def _of_third_party(implementation: HookImpl, hook: str) -> list[Any]:
     for part in parts:
         if not isinstance(part, kind):
             raise PluginError(f"{where} returned a list with {_described(part)}, not {kind.__name__}. {way_out}")
-        if not isinstance(part.name, str) or part.name in ("", "auto"):  # type: ignore[attr-defined]
-            raise PluginError(f"{where} returned a {kind.__name__} with the name {part.name!r}. {way_out}")  # type: ignore[attr-defined]
+        name = getattr(part, "name", None)
+        if not isinstance(name, str) or name in ("", "auto"):
+            raise PluginError(f"{where} returned a {kind.__name__} with the name {name!r}. {way_out}")
     return [_guarded(part, hook, where, way_out) for part in parts]
 
 

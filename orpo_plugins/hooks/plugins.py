@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.manager import get_plugin_manager as get_plugin_manager
 from orpo_plugins.hooks.offers import offered
-from orpo_plugins.hooks.types import Kernel, Layout, Metric, RowFormat
+from orpo_plugins.hooks.types import Kernel, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
+
+REFERENCE_LAYOUT = "padded"
+"""The layout that every decoder can run, with which others are compared and by which they are replaced."""
 
 
 class _Named(Protocol):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import pluggy
 
-from orpo_plugins.hooks.types import Kernel, Layout, Metric, RowFormat
+from orpo_plugins.hooks.layout import Layout
+from orpo_plugins.hooks.types import Kernel, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 
 hookspec = pluggy.HookspecMarker("orpo_plugins")

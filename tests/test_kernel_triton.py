@@ -35,7 +35,7 @@ NAMES = [
 def differences(case, transform, kept):
     """Largest relative differences from the reference in float64: {name: value}."""
     from orpo_plugins.hooks.types import Kernel
-    from orpo_plugins.kernels import chunked, triton_head
+    from orpo_plugins.kernels import tiling, triton_head
 
     class OnAnyDevice:
         @staticmethod
@@ -46,14 +46,14 @@ def differences(case, transform, kept):
     manager = plugins.get_plugin_manager()
     if not manager.has_plugin("interpreted"):
         manager.register(OnAnyDevice, name="interpreted")
-        small = {"targets": 5, "columns": 64, "block": 7, "width": 24}
-        plan = chunked.Tiling.plan
+        small = {"targets": 5, "columns": 64, "grad_targets": 7, "grad_columns": 24}
+        plan = tiling.Tiling.plan
 
         def cut(count, weight, options, **named):
             planned = plan(count, weight, options, **named)
-            return chunked.Tiling(**small, kept=-(-len(weight) // 64) if planned.kept else 0)
+            return tiling.Tiling(**small, kept=-(-len(weight) // 64) if planned.kept else 0)
 
-        chunked.Tiling.plan = cut
+        tiling.Tiling.plan = cut
     made = make_case(**CASES[case])
     options = TRANSFORMS[transform]
     actual = run_case(made, kernel="interpreted", memory_budget=KEPT[kept], **options)

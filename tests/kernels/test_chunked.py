@@ -373,6 +373,19 @@ def test_targets_far_below_the_maximum_are_exact(margin, tile_sizes):
     assert_same(actual, in_float64(case), FP32)
 
 
+def test_bf16_stays_finite_where_a_targets_own_product_is_rounded_far_above_its_logit():
+    # 100,000 in bf16 has steps of 512: the running maximum comes from a product that is 2^40 and more times too large.
+    torch.manual_seed(0)
+    case = make_case(pairs=1, length=3, width=64, vocabulary=50, ignored=0.0, bias=True)
+    case.hidden.uniform_(1.0, 2.0)
+    case.weight.mul_(0.01)[7].uniform_(1040.0, 1350.0)
+    case.labels.fill_(7)
+    output, gradients = run_case(case.to(torch.bfloat16), kernel="chunked")
+    assert output.chosen_logps.tolist() == output.rejected_logps.tolist() == [0.0]
+    assert_within(output.loss, torch.tensor(0.1 * math.log(2)), 1e-6)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
 def simpo(pairs):
     """Meng et al. 2024, equation 6, with beta 2 and margin 0.5."""
     return -F.logsigmoid(2.0 * (pairs.chosen - pairs.rejected) - 0.5)

@@ -112,6 +112,16 @@ def test_equals_the_reference_on_a_gpu(kernel, dtype, kept):
     assert all(torch.equal(actual[1][name], again[1][name]) for name in actual[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_incoming_factor_is_not_rounded_to_16_bits_on_a_gpu():
+    case = on_gpu(make_case(pairs=2, length=60, width=64, vocabulary=1031, dtype=torch.bfloat16, scale=0.3))
+    _, whole = run_case(case, kernel="triton")
+    _, third = run_case(case, kernel="triton", upstream=1 / 3)
+    for name, gradient in third.items():  # 1/3 in bf16 is off by 2e-3; roundings of single entries average out
+        ratio = gradient.double().norm() / whole[name].double().norm()
+        assert abs(3 * ratio.item() - 1) < 3e-4, name
+
+
 def on_gpu(case):
     """The case's tensors moved to the current device."""
     from dataclasses import fields, replace

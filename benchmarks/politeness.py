@@ -2,8 +2,8 @@
 
     python benchmarks/politeness.py --data ../shared/data/politeness.json
 
-Writes the curve to benchmarks/results/politeness.json and docs/politeness.png.  The model (Llama-like, from scratch)
-and its tokenizer (byte-level BPE) are made on the spot from the training rows alone.
+Writes the curve to benchmarks/results/politeness.json and docs/images/politeness.png.  The model (Llama-like, from
+scratch) and its tokenizer (byte-level BPE) are made on the spot from the training rows alone.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments.data, arguments.epochs, arguments.beta)
     (ROOT / "benchmarks" / "results" / "politeness.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, ROOT / "docs" / "politeness.png")
+    plot(result, ROOT / "docs" / "images" / "politeness.png")
     accuracy, minutes = result["after"]["rewards/accuracies"], result["cpu_minutes"]
     print(f"held-out reward accuracy {accuracy:.2f} (before: {result['before']['rewards/accuracies']:.2f})")
     print(f"{minutes:.1f} CPU minutes for {result['parameters'] / 1e6:.2f} million parameters")

@@ -1,17 +1,21 @@
 """The tables of README and docs that cog fills in from benchmarks/results and from the options' declarations.
 
-    make figures     # rewrites what stands between the marks; a test runs the same command with --check
+    python benchmarks/figures.py            # rewrites what stands between the marks
+    python benchmarks/figures.py --check    # fails where a page says something else (a test runs this)
 """
 
 import dataclasses
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGES = [HERE.parent / page for page in ("README.md", "docs/benchmarks.md", "docs/options.md", "docs/support.md")]
 
 
 def results(name: str) -> Any:
@@ -156,3 +160,10 @@ def options() -> None:
 
 def _cell(row: dict[str, Any]) -> str:
     return f"{row['head']} {row['vocabulary'] // 1000}k {row['dtype']}"
+
+
+if __name__ == "__main__":
+    from cogapp import Cog
+
+    mode = sys.argv[1:] or ["-r"]
+    sys.exit(Cog().main(["cog", *mode, "-P", "-I", str(HERE), "-p", "from figures import *", *map(str, PAGES)]))

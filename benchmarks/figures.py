@@ -1,7 +1,7 @@
 """The tables of README and docs that cog fills in from benchmarks/results and from the options' declarations.
 
-    python benchmarks/figures.py            # rewrites what stands between the marks
-    python benchmarks/figures.py --check    # fails where a page says something else (a test runs this)
+python benchmarks/figures.py            # rewrites what stands between the marks
+python benchmarks/figures.py --check    # fails where a page says something else (a test runs this)
 """
 
 import dataclasses
@@ -40,7 +40,11 @@ def readme() -> None:
     rows = [
         ["CPU time of a training step on real rows", f"{step['trl_seconds']:.1f} s", f"{step['our_seconds']:.1f} s"],
         ["its peak memory", f"{step['trl_peak_mib']:,} MiB", f"{step['our_peak_mib']:,} MiB"],
-        ["memory of a frozen bf16 head, 128k vocabulary", f"{eager['peak_mib']:,.0f} MiB", f"{ours['peak_mib']:.0f} MiB"],
+        [
+            "memory of a frozen bf16 head, 128k vocabulary",
+            f"{eager['peak_mib']:,.0f} MiB",
+            f"{ours['peak_mib']:.0f} MiB",
+        ],
     ]
     table(["", "TRL 1.16.0", "orpo-plugins"], rows)
     print(f"\nMachine: {demo['machine']}, fp32 step, one thread.")
@@ -79,24 +83,6 @@ def head_accuracy() -> None:
         figures[row["peer"]][row["dtype"]] = " / ".join(f"{error:.2e}" for error in errors)
     rows = [[peer, *(found.get(dtype, "") for dtype in ("fp32", "bf16"))] for peer, found in figures.items()]
     table(["loss / hidden states / weight", "fp32", "bf16"], rows, result)
-
-
-def head_curve() -> None:
-    """Time against memory_budget, ours with a trainable head."""
-    result = results("head_curve")
-    table(
-        ["trainable", "`memory_budget`", "CPU s", "MiB, gradients included"],
-        (
-            [
-                _cell(row).removeprefix("trainable "),
-                f"{row['budget'] / 2**20:.0f} MiB" if "budget" in row else "default",
-                f"{row['seconds']:.3g}",
-                f"{row['peak_mib']:.0f}",
-            ]
-            for row in result["rows"]
-        ),
-        result,
-    )
 
 
 def head_growth() -> None:

@@ -40,6 +40,6 @@ def test_the_readme_is_short() -> None:
 
 def test_every_option_stands_in_the_tables() -> None:
     fields = dataclasses.fields(pytest.importorskip("orpo_plugins.options").ORPOFields)
-    tables = [line for line in (ROOT / "docs" / "options.md").read_text().splitlines()]
-    named = {name for line in tables if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    table = (ROOT / "docs" / "options.md").read_text().splitlines()
+    named = {name for line in table if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert {field.name for field in fields} <= named

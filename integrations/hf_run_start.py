@@ -1,31 +1,29 @@
-"""What a run does before its first step: checks of its model, rows and layout, and what the layout saves in the log.
+"""What a run does before its first step: it checks model, rows and layout, and logs what the layout saves.
 
-A model that is whole is checked before the training loader is made, since batches by tokens are cut as the layout
-counts.  A model that FSDP or DeepSpeed cuts can only run once it is wrapped, which is after that, but before the
-loader starts its workers: the collator can still be given another layout.
+A model that is whole is checked before the training loader is made, because batches are cut by the tokens that they
+have in the layout.  A model that FSDP or DeepSpeed cuts apart can only run when it is wrapped, which is
+after the loader is made.  The collator can still get another layout then: the loader has not started its workers.
 """
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
-from transformers.trainer_utils import has_length
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import is_tokenized
+from orpo_plugins.data.lengths import pair_lengths
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.forward import check_vocabulary
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair
-from orpo_plugins.integrations.hf_loader import epoch_tokens, sizes
+from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length
 from orpo_plugins.layouts.check import check_layout
-from orpo_plugins.layouts.one_row import SPANS
 from orpo_plugins.models.checks import Examined, examine, too_few_positions
 from orpo_plugins.models.head import in_mode, is_encoder_decoder
 from orpo_plugins.models.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
@@ -34,32 +32,36 @@ logger = logging.getLogger(__name__)
 
 _PAIRS = 2
 _ROWS = 64
-"""Among so many rows the check looks for pairs that can be used."""
+"""The check looks for pairs that can be used among this many rows."""
 
 
 class BeforeTraining(TrainerCallback):
-    """Checks what could not be checked earlier, when the model is wrapped and no batch has been made."""
+    """Calls a function after `Trainer` has wrapped the model and before it reads the first batch."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer between wrapping the model and the first batch."""
-        self.trainer.begin_run()
-        self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
-        self.trainer.log_token_cost()
-        log_example(self.trainer)
+        self.function()
 
 
-# ---- model and rows
+# ---- arguments, model and rows
 
 
-def without_checkpointing(model: nn.Module, args: Any) -> None:
-    """Turns gradient checkpointing off, and says so, for an adapter whose virtual tokens are in the cache."""
+def check_label_smoothing(args: TrainingArguments) -> None:
+    """Raises `ConfigError` for `label_smoothing_factor`, which ORPO's loss has no place for."""
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, and ORPO's loss smooths no labels: leave it out"
+        )
+
+
+def without_checkpointing(model: nn.Module, args: TrainingArguments) -> None:
+    """Turns gradient checkpointing off, and logs it, for an adapter that has its virtual tokens in the cache."""
     if not is_in_the_cache(adapter_of(model)) or not (args.gradient_checkpointing or checkpointed(model)):
         return
     logger.warning(
-        "gradient checkpointing is off: it would take away the cache, in which the adapter has its virtual tokens"
+        "gradient checkpointing is off: it runs layers without the cache, where the adapter has its virtual tokens"
     )
     for name in ("gradient_checkpointing", "activation_checkpointing"):  # the new name since transformers 5.24
         if hasattr(args, name):
@@ -67,22 +69,21 @@ def without_checkpointing(model: nn.Module, args: Any) -> None:
     stop_checkpointing(model)
 
 
-def check_rows(trainer: Any, model: nn.Module) -> None:
-    """Examines the model, and compares the longest tokenized row with the positions that it has; once per dataset.
+def check_rows(trainer: Trainer, model: nn.Module) -> bool:
+    """Examines the model, and compares the longest tokenized row with the number of positions that the model has.
 
-    Rows that are tokenized on the way, and batches of a collator of one's own, which may hold more than tokens, are
-    looked at one by one (see `check_model`).
+    Returns whether it did.  Rows that are tokenized batch by batch cannot be compared here, nor batches of a user's own
+    collator, which may hold more than tokens: `check_model` looks at each batch of these.
 
     Raises:
         BatchError: a token is outside the model's vocabulary.
-        ConfigError: a row is longer; names it, the limit and the option that cuts it.
+        ConfigError: a row is too long; names it, the limit and the option that cuts it.
         ModelError: the model is not causal.
     """
-    train = trainer.train_dataset
-    if type(trainer.data_collator) is not ORPOCollator or not _has_tokenized_rows(train):
-        return
-    if getattr(trainer, "_rows_checked", None) is train:
-        return
+    train: Any = trainer.train_dataset
+    collator = trainer.data_collator
+    if type(collator) is not ORPOCollator or not _has_tokenized_rows(train):
+        return False
     ids = torch.tensor([[*train[0]["chosen_input_ids"], *train[0]["rejected_input_ids"]]])
     check_vocabulary(model, ids)
     ids = ids.to(next(model.parameters()).device)
@@ -92,8 +93,8 @@ def check_rows(trainer: Any, model: nn.Module) -> None:
     others = evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated}
     for name, rows in {"training": train, **others}.items():
         if _has_tokenized_rows(rows):
-            _check_longest(rows, name, trainer.data_collator, model, examined)
-    trainer._rows_checked = train
+            _check_longest(rows, name, collator, model, examined)
+    return True
 
 
 def _has_tokenized_rows(rows: Any) -> bool:
@@ -101,37 +102,50 @@ def _has_tokenized_rows(rows: Any) -> bool:
     return indexed and len(rows) > 0 and is_tokenized(rows)
 
 
-def _check_longest(rows: Any, name: str, collator: Any, model: nn.Module, examined: Examined) -> None:
-    if is_encoder_decoder(model):
-        widths = np.array(sizes(rows, collator, "seq2seq")[0])
-        sides = {"encoder_tokens": widths[:, 0], "tokens": widths[:, 1]}
-    else:
-        sides = {"tokens": np.array(sizes(rows, collator, "padded")[0])} if examined.tokens is not None else {}
-    for side, tokens in sides.items():
-        limit, longest = getattr(examined, side), int(tokens.argmax())
-        if limit is not None and tokens[longest] > limit:
+def _check_longest(rows: Any, name: str, collator: ORPOCollator, model: nn.Module, examined: Examined) -> None:
+    for side in ("encoder_tokens", "tokens"):
+        limit = getattr(examined, side)
+        if limit is None:
+            continue
+        longest, tokens = _longest(rows, side, encoder_decoder=is_encoder_decoder(model))
+        tokens += -tokens % (collator.pad_to_multiple_of or 1)
+        if tokens > limit:
             raise ConfigError(
-                f"row {longest} of the tokenized {name} set has {tokens[longest]} tokens, "
+                f"row {longest} of the tokenized {name} set has {tokens} tokens, "
                 f"{too_few_positions(model, side, limit)}"
             )
+
+
+def _longest(rows: Any, side: str, *, encoder_decoder: bool) -> tuple[int, int]:
+    """(row, tokens) of the longest sequence; of an encoder-decoder model, of the longest prompt or answer."""
+    longest = []
+    for pairs in pair_lengths(rows):
+        sequences = torch.stack([pairs.chosen, pairs.rejected])
+        if encoder_decoder:
+            prompts = torch.stack([pairs.chosen_prompt, pairs.rejected_prompt])
+            sequences = prompts if side == "encoder_tokens" else sequences - prompts
+        longest.append(sequences.amax(0))
+    row = int(torch.cat(longest).argmax())
+    return row, int(torch.cat(longest)[row])
 
 
 # ---- the layout
 
 
-def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool) -> None:
-    """Two pairs through the collator's layout and through *padded*, as training would compute them.
+def checked_layout(trainer: Trainer, model: nn.Module, *, kernel: str, batches_are_planned: bool) -> None:
+    """Compares two pairs in the collator's layout with the same pairs in *padded*, computed as in training.
 
-    All ranks decide alike.  Under `layout="auto"` a layout that differs is replaced by *padded*.
+    All ranks come to the same decision.  Under `layout="auto"` a layout that differs is replaced by *padded*.
 
     Raises:
-        ModelError: it differs and must not be replaced; holds the finding.
-        ConfigError: no row can be used to compare anything.
+        ModelError: the layout differs and must not be replaced; the message has the finding.
+        ConfigError: no row can be used for the comparison.
     """
     collator = trainer.data_collator
-    if not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
+    reference = plugins.layout(plugins.REFERENCE_LAYOUT)
+    if not isinstance(collator, ORPOCollator) or collator.layout.name == reference.name:
         return
-    if collator.layout.encoder_decoder or plugins.layout("padded").unsupported(model):
+    if collator.layout.encoder_decoder or reference.unsupported(model):
         return  # nothing to compare with
 
     def on_any_rank(value: bool) -> bool:
@@ -144,10 +158,10 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
     if on_any_rank(not pairs):
         raise ConfigError(
             f"none of the first {_ROWS} rows can be used, so layout={collator.layout.name!r} cannot be compared with "
-            "'padded' before training: take rows out that cannot be used (prepare_dataset does it and names them), use "
+            "'padded' before training: remove rows that cannot be used (prepare_dataset does it and names them), use "
             "layout='padded', or set layout_check=False"
         )
-    # The model's own forward has the autocast only once Accelerate has prepared it.
+    # The model's own forward enters the autocast only after Accelerate has prepared it.
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         report = check_layout(
             model,
@@ -155,13 +169,18 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
             collator.layout,
             pad_token_id=collator.pad_token_id,
             nll_over=collator.nll_over,
-            kernel=trainer.orpo_options.kernel,
+            kernel=kernel,
             on_any_rank=on_any_rank,
         )
     if not on_any_rank(not report.passed):
         logger.info("%s", report.message())
         return
     finding = report.message() if not report.passed else f"{report.message()}, but not with the rows of another rank"
+    _go_on_with_padded(trainer, collator, finding, batches_are_planned=batches_are_planned)
+
+
+def _go_on_with_padded(trainer: Trainer, collator: ORPOCollator, finding: str, *, batches_are_planned: bool) -> None:
+    """Replaces the collator's layout.  Raises `ModelError` where the user has chosen it, or batches depend on it."""
     if getattr(trainer.args, "layout", None) != "auto":
         raise ModelError(finding)
     limit = getattr(trainer.args, "max_tokens_per_batch", None)
@@ -171,11 +190,11 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
             f"planned for {collator.layout.name!r} before FSDP or DeepSpeed cut the model: set layout='padded'"
         )
     logger.warning("%s. layout='auto' goes on with 'padded'", finding)
-    collator.layout = plugins.layout("padded")
+    collator.layout = plugins.layout(plugins.REFERENCE_LAYOUT)
 
 
 def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
-    """The first pairs that can be used, those with a rejected answer before those without, which share nothing."""
+    """The first pairs that can be used.  Pairs with a rejected answer come first: the others share no prompt."""
     paired: list[Pair] = []
     alone: list[Pair] = []
     rows: Iterator[Any]
@@ -186,7 +205,7 @@ def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
     for row in rows:
         try:
             (pair,) = collator.pairs([row])
-        except BatchError:  # left out in training too, where other rows of its batch stay
+        except BatchError:  # training leaves this row out too, and keeps the other rows of its batch
             continue
         (paired if pair.rejected.input_ids else alone).append(pair)
         if len(paired) == _PAIRS:
@@ -194,12 +213,13 @@ def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
     return [*paired, *alone][:_PAIRS]
 
 
-def log_example(trainer: Any) -> None:
+def log_example(trainer: Trainer) -> None:
     """Logs the first pair that can be used as text, on the main process, once per run.
 
-    A stream's first row may be there only once: its collator logs it with the first batch.
+    A stream may give its first row only once, so there the collator logs a pair of the first batch.
     """
-    collator, rows = trainer.data_collator, trainer.train_dataset
+    collator = trainer.data_collator
+    rows: Any = trainer.train_dataset
     if not isinstance(collator, ORPOCollator) or not collator.show_example:
         return
     is_stream = isinstance(rows, IterableDataset) or not has_length(rows)
@@ -212,34 +232,23 @@ def log_example(trainer: Any) -> None:
 
 # ---- tokens
 
-_COUNTED = ("padded", "packed", "shared")
 
-
-def epoch_cost(trainer: Any) -> str | None:
+def epoch_cost(trainer: Trainer) -> str | None:
     """What an epoch costs, in words; None where no length is known beforehand."""
-    layout = _layout_name(trainer)
-    counts = epoch_tokens(trainer) if layout in _COUNTED else None
-    if counts is None:
+    if not isinstance(trainer.data_collator, ORPOCollator) or (counts := epoch_tokens(trainer)) is None:
         return None
-    text = f"layout={layout}: {'' if counts.exact else 'about '}{counts.computed:,} tokens per epoch"
-    if layout == "padded":
-        return f"{text}, {counts.computed - counts.distinct:,} of them padding"
+    layout = trainer.data_collator.layout
+    text = f"layout={layout.name}: {'' if counts.exact else 'about '}{counts.computed:,} tokens per epoch"
+    if layout.pads:
+        return f"{text}, {counts.computed - counts.sequences:,} of them padding"
     return f"{text}, {counts.padded:,} as padded in batches of {trainer._train_batch_size} pairs"
 
 
-def batch_cost(trainer: Any, batch: dict[str, Any]) -> str | None:
+def batch_cost(trainer: Trainer, batch: dict[str, Any]) -> str | None:
     """What a batch costs, in words, for rows that are tokenized on the way; reads no tensor's values."""
-    layout, ids, spans = _layout_name(trainer), batch.get("input_ids"), batch.get(SPANS)
-    if layout not in _COUNTED or ids is None:
+    if not isinstance(trainer.data_collator, ORPOCollator) or trainer.data_collator.layout.encoder_decoder:
         return None
-    pairs = batch["shift_labels"].shape[0] // 2
-    text = f"layout={layout}: {ids.numel():,} tokens in the first batch, of {pairs} pairs"
-    if spans is None:
-        return text
-    longest = max(span.context_length + span.length for span in spans.spans)
-    return f"{text}, {2 * pairs * longest:,} as padded"
-
-
-def _layout_name(trainer: Any) -> str | None:
-    collator = trainer.data_collator
-    return collator.layout.name if isinstance(collator, ORPOCollator) else None
+    layout, pairs = trainer.data_collator.layout, batch["shift_labels"].shape[0] // 2
+    text = f"layout={layout.name}: {batch['input_ids'].numel():,} tokens in the first batch, of {pairs} pairs"
+    longest = None if layout.pads else layout.longest_sequence(batch)
+    return text if longest is None else f"{text}, {2 * pairs * longest:,} as padded"

@@ -17,8 +17,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from orpo_plugins.errors import BatchError, ModelError
-from orpo_plugins.layouts.encoder_decoder import DECODER_LABELS
-from orpo_plugins.layouts.one_row import SPANS
 from orpo_plugins.models.head import (
     is_encoder_decoder,
     keep_four_bit_trainable,
@@ -162,9 +160,7 @@ _TOLERANCE, _TOLERANCE_OF_16_BITS = 2e-3, 4e-3
 Measured on every causal family of transformers, small and random: by 5e-7 and less in causal models (mixtures of
 experts, which multiply other groups of rows; 0 in bf16), by 6e-2 and more in others (XLNet and XLM in bf16: 8e-3).
 """
-_MADE_BY_COLLATORS = {
-    "input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels", DECODER_LABELS, SPANS
-}  # fmt: skip
+_MADE_BY_COLLATORS = {"input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +181,10 @@ _examined: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, bool], Examined
 """By model; then by the virtual tokens that an adapter put before its rows, and by whether it was in training mode."""
 
 
-def check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_model(model: nn.Module, inputs: Mapping[str, Any], longest: int | None = None) -> None:
     """Everything that can be said against training or evaluating `model` on a batch before it runs.
+
+    `longest` is the number of tokens of the longest sequence (`Layout.longest_sequence`), where it is known.
 
     Raises:
         ModelError: see `check_trainable` (in training only), `check_cache`, `examine`.
@@ -199,7 +197,7 @@ def check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     examined = examine(model, inputs)
     for side, tokens, limit in (
         ("encoder_tokens", _encoded(inputs), examined.encoder_tokens),
-        ("tokens", _tokens(inputs), examined.tokens),
+        ("tokens", longest, examined.tokens),
     ):
         if tokens is not None and limit is not None and tokens > limit:
             raise BatchError(f"a row of the batch has {tokens} tokens, {too_few_positions(model, side, limit)}")
@@ -220,16 +218,6 @@ def too_few_positions(model: nn.Module, side: str, limit: int) -> str:
 
 def _encoded(inputs: Mapping[str, Any]) -> int | None:
     return int(inputs["input_ids"].shape[-1]) if "decoder_input_ids" in inputs else None
-
-
-def _tokens(inputs: Mapping[str, Any]) -> int | None:
-    """The most that one sequence of a batch has, padding included; None where a device would have to be asked."""
-    if SPANS in inputs:
-        return max(int(span.context_length + span.length) for span in inputs[SPANS].spans)
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        return int(positions.max()) + 1 if positions.device.type == "cpu" else None
-    return int(inputs.get("decoder_input_ids", inputs["input_ids"]).shape[-1])
 
 
 def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Examined:

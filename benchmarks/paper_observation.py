@@ -7,7 +7,7 @@ odds-ratio term holds the rejected ones back.  Two starts: a model that knows no
 answers of the training rows alike, which knows their language and prefers neither.  From each, the same rows, order
 and steps for every lambda.  Lambda 0 computes the odds ratio without weight, so that all figures exist for it too.
 
-Writes benchmarks/results/paper_observation.json and docs/paper_observation.png.
+Writes benchmarks/results/paper_observation.json and docs/images/paper_observation.png.
 """
 
 import copy
@@ -138,7 +138,7 @@ def main() -> None:
     arguments = command.parse_args()
     result = measure(arguments.data, arguments.seeds)
     save("paper_observation", result)
-    plot(result, ROOT / "docs" / "paper_observation.png")
+    plot(result, ROOT / "docs" / "images" / "paper_observation.png")
     print(f"{result['cpu_minutes']:.1f} CPU minutes")
 
 

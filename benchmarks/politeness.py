@@ -2,8 +2,8 @@
 
     python benchmarks/politeness.py --data ../shared/data/politeness.json
 
-Writes the curve to benchmarks/results/politeness.json and docs/politeness.png.  The model (Llama-like, from scratch)
-and its tokenizer (byte-level BPE) are made on the spot from the training rows alone.
+Writes the curve to benchmarks/results/politeness.json and docs/images/politeness.png.  The model (Llama-like, from
+scratch) and its tokenizer (byte-level BPE) are made on the spot from the training rows alone.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def main() -> None:
     arguments = command.parse_args()
     result = run(arguments.data, arguments.epochs, arguments.beta)
     save("politeness", result)
-    plot(result, ROOT / "docs" / "politeness.png")
+    plot(result, ROOT / "docs" / "images" / "politeness.png")
     accuracy, minutes = result["after"]["rewards/accuracies"], result["cpu_minutes"]
     print(f"held-out reward accuracy {accuracy:.2f} (before: {result['before']['rewards/accuracies']:.2f})")
     print(f"{minutes:.1f} CPU minutes for {result['parameters'] / 1e6:.2f} million parameters")

@@ -10,7 +10,7 @@
 Time from the end of one step to the end of the next: data, forward, backward, clipping and AdamW.  On a CPU it is
 process time (all threads), on a GPU elapsed time.  Every measurement is a process of its own.  Results go to
 benchmarks/results/step-trl<version>.json, one entry per kind of rows (on a GPU step-gpu-trl<version>.json, and with
---longest to longest-trl<version>.json); the plot of steps on a CPU goes to docs/step.png.
+--longest to longest-trl<version>.json); the plot of steps on a CPU goes to docs/images/step.png.
 
 The model is a random Llama, by default 6 layers of 384 and a vocabulary of 32k: fp32 on a CPU, bf16 on a GPU.  Rows
 longer than 1,024 tokens are left out, so that nothing is truncated: TRL's versions truncate differently.
@@ -278,7 +278,7 @@ def record(kind: str, name: str, result: dict[str, Any]) -> None:
 
 
 def plot() -> None:
-    """docs/step.png from all result files; nothing where matplotlib is absent."""
+    """docs/images/step.png from all result files; nothing where matplotlib is absent."""
     plt = pyplot()
     if plt is None:
         return
@@ -293,7 +293,7 @@ def plot() -> None:
     axes.margins(x=0.15)
     axes.set_xlabel("times cheaper than TRL (black: tokens alone)")
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "step.png", dpi=120, bbox_inches="tight")
+    figure.savefig(ROOT / "docs" / "images" / "step.png", dpi=120, bbox_inches="tight")
 
 
 def _bars() -> Iterator[tuple[str, float, float]]:

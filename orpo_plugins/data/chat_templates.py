@@ -4,6 +4,7 @@ Three texts come out: the prompt, and both whole conversations, each of which be
 """
 
 import functools
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from orpo_plugins.data.conversations import common_prefix, count_turns, holds_conversation
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Message, Preference
+
+logger = logging.getLogger(__name__)
 
 _STAND_IN = "~stand-in~"
 """Stands for a message's content where only the template around it is of interest."""
@@ -47,6 +50,12 @@ class Texts(NamedTuple):
     """Strings without a template in them, joined as they are."""
     strings_templated: bool = False
     """Strings that the chat template was applied to."""
+
+    def until(self, eos: str) -> "Texts":
+        """Without the space that a template writes behind the EOS of an answer, or of an assistant's turn in it."""
+        chosen, chosen_spans = _until(self.chosen, self.chosen_spans, eos)
+        rejected, rejected_spans = _until(self.rejected, self.rejected_spans, eos)
+        return self._replace(chosen=chosen, rejected=rejected, chosen_spans=chosen_spans, rejected_spans=rejected_spans)
 
 
 class TextBuilder:
@@ -107,7 +116,34 @@ class TextBuilder:
                 "the dataset holds conversations but the tokenizer has no chat template: set tokenizer.chat_template, "
                 "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
             )
+        _ = self._end_of_turn
         return self._chat_texts(preference)._replace(strings_templated=preference.plain is not None)
+
+    @functools.cached_property
+    def _end_of_turn(self) -> str:
+        """The special token with which the chat template ends an answer; empty where it writes none.
+
+        Logs a warning, once, where that is not EOS: generation would go on behind it.
+        """
+        messages = [{"role": "user", "content": _STAND_IN}, {"role": "assistant", "content": _STAND_IN}]
+        try:
+            closing = self._render(messages, {}).rpartition(_STAND_IN)[2]
+        except RowError:
+            return ""  # a template that wants something else first
+        found = re.search(self._special_pattern, closing) if self._special_pattern else None
+        end, eos = found.group() if found else "", self.tokenizer.convert_ids_to_tokens([self.tokenizer.eos_token_id])
+        if end and end != eos[0]:
+            logger.warning(
+                "the chat template ends an answer with %r, and the tokenizer's EOS token is %r: answers are trained to "
+                "end with both, and a chat that stops at EOS alone shows %r and what follows. Set tokenizer.eos_token "
+                "to %r before training, or generate with eos_token_id=%d",
+                end,
+                eos[0],
+                end,
+                end,
+                self.tokenizer.convert_tokens_to_ids(end),
+            )
+        return end
 
     def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> Texts:
         if not self._repeats_prompt(prompt, chosen, rejected):
@@ -335,6 +371,16 @@ class TextBuilder:
     def __getstate__(self) -> dict[str, Any]:
         # Without what is derived: a copy in another process, or a hash, depends on the arguments alone.
         return {"tokenizer": self.tokenizer}
+
+
+def _until(text: str, spans: list[tuple[int, int]] | None, eos: str) -> tuple[str, list[tuple[int, int]] | None]:
+    def end(start: int, end: int) -> int:
+        part = text[start:end].rstrip()
+        return start + len(part) if part.endswith(eos) else end
+
+    if spans is not None:
+        spans = [(start, end(start, stop)) for start, stop in spans]
+    return text[: end(0, len(text))], spans
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

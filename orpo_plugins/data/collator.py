@@ -49,6 +49,7 @@ class ORPOCollator:
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
         show_example: whether the first pair of the first batch is logged as text.
         template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
+        repeat_eos: whether a second EOS ends each answer, as in TRL (see `PairOptions`).
         model: the model that will be trained, for `layout="auto"` and to refuse a layout that it cannot run.
 
     Returns (when called on a list of rows):
@@ -78,6 +79,7 @@ class ORPOCollator:
         train_on: TrainOn = "all_assistant",
         show_example: bool = True,
         template_strings: bool = False,
+        repeat_eos: bool = False,
         model: torch.nn.Module | None = None,
     ) -> None:
         self.layout = _layout(layout) if model is None else plugins.best_layout(layout, model)[0]
@@ -92,6 +94,7 @@ class ORPOCollator:
             sft_rows=sft_rows,
             train_on=train_on,
             template_strings=template_strings,
+            repeat_eos=repeat_eos,
         )
         self.tokenizer = tokenizer
         self.nll_over = nll_over

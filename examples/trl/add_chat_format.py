@@ -1,6 +1,6 @@
 """Gives a base model ChatML, so that the command line can train it on conversations.
 
-python examples/trl/add_chat_format.py build/demo/model build/trl/model
+python examples/trl/add_chat_format.py build/demo/base build/trl/model
 """
 
 import sys

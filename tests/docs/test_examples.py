@@ -26,12 +26,12 @@ def run(arguments: list[str], folder: Path) -> str:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
-    run(["examples/demo/prepare.py", "--output", "build/demo/model"], folder)
+    run(["examples/demo/prepare.py", "--model", "tiny", "--output", "build/demo"], folder)
     return folder
 
 
 def test_the_stock_trainer_learns_the_preference(build: Path) -> None:
-    options = ["--model", "build/demo/model", "--output_dir", "build/stock", "--max_steps", "60"]
+    options = ["--model", "build/demo/base", "--output_dir", "build/stock", "--max_steps", "60"]
     shown = run(["examples/trainer/stock_trainer.py", *options], build)
     found = re.search(r"preferred in (\d+)% of held-out pairs", shown)
     assert found is not None
@@ -40,7 +40,7 @@ def test_the_stock_trainer_learns_the_preference(build: Path) -> None:
 
 def test_the_command_trains_from_its_yaml(build: Path) -> None:
     pytest.importorskip("trl")
-    run(["examples/trl/add_chat_format.py", "build/demo/model", "build/trl/model"], build)
+    run(["examples/trl/add_chat_format.py", "build/demo/base", "build/trl/model"], build)
     config = (ROOT / "examples" / "trl" / "orpo.yml").read_text().replace("build/", f"{build}/")
     (build / "orpo.yml").write_text(config)
     steps = ["--max_steps", "2", "--use_cpu", "True"]

@@ -16,7 +16,7 @@ THREADS ?= $(if $(filter tiny,$(MODEL)),1,2)
 # makes models this small slower, and very slow on a busy machine.
 QUIET := AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 ONE_THREAD := OMP_NUM_THREADS=1
-DEMO = $(QUIET) OMP_NUM_THREADS=$(THREADS) .venv/bin/python
+DEMO = $(QUIET) OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive .venv/bin/python
 # Apart from the rest: where it can be imported, Accelerate does, and process groups outlive every trainer.
 DEEPSPEED := $(CURDIR)/.venv-latest/deepspeed
 

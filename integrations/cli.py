@@ -1,8 +1,8 @@
 """The console command `orpo-plugins`.
 
 orpo-plugins trl orpo --model_name_or_path ... --dataset_name ...    TRL's command line, for ORPO (see `trl dpo`)
-orpo-plugins chat --model_name_or_path ...                         talk to what was trained, adapters included
-orpo-plugins info                                                  versions, and what is registered
+orpo-plugins chat --model_name_or_path ...                         talk to a trained model or adapter
+orpo-plugins info                                                  versions, kernels, layouts, plugins
 """
 
 import argparse
@@ -20,7 +20,7 @@ SCRIPT = "orpo_plugins.integrations.trl_script"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; an error of ours becomes one line on stderr and status 2."""
+    """Runs a command and returns its exit status.  An `ORPOError` becomes one line on stderr, with status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="orpo-plugins", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("chat", help="talk to a trained model; --help lists every option")
     commands.add_parser("info", help="show versions, kernels, layouts, row formats, methods and plugins")
     try:
-        if arguments[:1] == ["trl"]:  # its options are the training script's, whose imports take seconds
+        if arguments[:1] == ["trl"]:  # its parser is that of the training script, whose imports take seconds
             return train(arguments[1:])
         if arguments[:1] == ["chat"]:
             from orpo_plugins.integrations import cli_chat as chat
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """Launches the training script through Accelerate; flags that only Accelerate knows go to it.
+    """Launches the training script with Accelerate, which gets the flags that only Accelerate knows.
 
-    The first argument may name a method announced for TRL; `orpo` where it names none.
+    The first argument may be the name of a method that a plugin has for TRL; the default is `orpo`.
     """
     try:
         from accelerate.commands.launch import launch_command, launch_command_parser
@@ -59,7 +59,7 @@ def train(arguments: list[str]) -> int:
 
     named = bool(arguments) and not arguments[0].startswith("-")
     method, options = (arguments[0], arguments[1:]) if named else ("orpo", arguments)
-    # Reading the options here, in one process, prints help and names a bad value before anything is launched.
+    # The options are read here first, in one process, for --help and for errors before anything is launched.
     parser = make_parser(method)
     _, training, *_, from_config, from_flags = parser.parse_args_and_config(
         options, return_remaining_strings=True, separate_remaining_strings=True
@@ -76,15 +76,15 @@ def train(arguments: list[str]) -> int:
         launch_command(launch)
     except subprocess.CalledProcessError as error:
         return error.returncode
-    except ChildFailedError as error:  # the process has said why
+    except ChildFailedError as error:  # that process has printed its error
         return int(error.get_first_failure()[1].exitcode)
     return 0
 
 
 def starts_too_few(launch: argparse.Namespace, *, use_cpu: bool) -> bool:
-    """Whether `accelerate launch` would start one process though several are asked for.
+    """Whether `accelerate launch` would start only one process where several are asked for.
 
-    It does so on CPUs (tried with 1.13), unless MPI starts the others, and says nothing.
+    It does so silently on CPUs (seen in 1.13), unless MPI starts the others.
     """
     import torch
 
@@ -105,13 +105,13 @@ def _refuse_unknown(arguments: list[str], parser: argparse.ArgumentParser, launc
 
 
 def _without(arguments: list[str], taken: list[str]) -> list[str]:
-    """`arguments` less `taken`, which is an ordered subsequence of them."""
+    """`arguments` without `taken`, which is a subsequence of them in the same order."""
     left = list(taken)
     return [argument for argument in arguments if not (left and argument == left[0] and left.pop(0))]
 
 
 def print_info() -> None:
-    """Prints installed versions and everything that the hooks offer here."""
+    """Prints the versions of packages and everything that plugins have registered."""
     import torch
 
     from orpo_plugins.hooks import plugins

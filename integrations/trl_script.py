@@ -1,6 +1,6 @@
-"""The script behind `orpo-plugins trl orpo`; it takes the options of `trl dpo`, with ORPOConfig's in place of DPO's.
+"""The script behind `orpo-plugins trl orpo`.  Its options are those of `trl dpo`, with ORPOConfig's instead of DPO's.
 
-It can be launched directly as well: `accelerate launch -m orpo_plugins.integrations.trl_script orpo ...`
+It can also be launched directly: `accelerate launch -m orpo_plugins.integrations.trl_script orpo ...`
 """
 
 import importlib
@@ -21,25 +21,25 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "p
 
 
 class ORPOParser(TrlParser):
-    """`TrlParser` that also reads the old names of options, on the command line and in the YAML file."""
+    """A `TrlParser` that also reads old names of options, on the command line and in the YAML file."""
 
     @property
     def _known(self) -> frozenset[str]:
         return frozenset(action.dest for action in self._actions)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """TRL's, after old names are translated."""
+        """TRL's method; it gets options with old names translated."""
         remaining: list[str] = super().set_defaults_with_config(**translate(config, self._known))
         return remaining
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """argparse's, after old names are translated."""
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """argparse's method; it gets options with old names translated."""
         arguments = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(translate_flags(arguments, self._known), namespace)
 
 
 def translate_flags(arguments: list[str], known: frozenset[str]) -> list[str]:
-    """Command-line `arguments` with old flags (`--name value`, `--name=value`, `--name`) replaced by those of today."""
+    """Command-line `arguments`; old flags (`--name value`, `--name=value`, `--name`) are replaced by today's."""
     groups: list[list[str]] = [[]]
     for argument in arguments:
         if argument.startswith("--"):
@@ -58,13 +58,13 @@ def _name_and_value(group: list[str]) -> tuple[str, str]:
 
 
 def make_parser(method: str = "orpo") -> ORPOParser:
-    """The parser of all options for a method announced to TRL; `ConfigError` for an unknown method."""
+    """The parser of all options of a method for TRL; `ConfigError` for an unknown method."""
     types = (ScriptArguments, load(find_method(method).config), ModelConfig, DatasetMixtureConfig)
     return ORPOParser(types, prog=f"orpo-plugins trl {method}")
 
 
 def find_method(name: str) -> Method:
-    """The method of that name among those announced to TRL."""
+    """The method of that name among those that plugins have for TRL."""
     known = {method.name: method for method in plugins.methods("trl")}
     if name not in known:
         raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(known))}")
@@ -78,7 +78,7 @@ def load(path: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, saves, and pushes where asked to; `arguments` start with the method's name."""
+    """Trains, saves, and pushes with `--push_to_hub`; the first of `arguments` is the method's name."""
     method, *options = sys.argv[1:] if arguments is None else arguments
     script, args, model, mixture = make_parser(method).parse_args_and_config(options, fail_with_unknown_args=False)
     if not model.model_name_or_path:
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    if hasattr(trainer, "end"):  # ours, and any since transformers 5.18: closes trackers and the process group
+    if hasattr(trainer, "end"):  # ORPOTrainer has it, and every trainer since transformers 5.18
         trainer.end()
 
 
 def model_arguments(model: ModelConfig, args: Any) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`: TRL's model options, overridden by `--model_init_kwargs`."""
+    """Keyword arguments of `from_pretrained`: TRL's model options; `--model_init_kwargs` overrides them."""
     arguments = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

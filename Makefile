@@ -29,14 +29,14 @@ demo: .venv/.demo
 test: test-axolotl test-latest
 
 test-axolotl: .venv/.test
-	$(ONE_THREAD) .venv/bin/python -m pytest
+	.venv/bin/python -m pytest
 
 test-latest: .venv-latest/.test .venv-latest/.deepspeed
-	$(ONE_THREAD) .venv-latest/bin/python -m pytest
-	$(ONE_THREAD) PYTHONPATH=$(DEEPSPEED) .venv-latest/bin/python -m pytest tests/distributed/test_deepspeed.py
+	.venv-latest/bin/python -m pytest
+	PYTHONPATH=$(DEEPSPEED) .venv-latest/bin/python -m pytest tests/distributed/test_deepspeed.py
 
 quick: .venv-latest/.test
-	$(ONE_THREAD) .venv-latest/bin/python -m pytest -m 'not slow'
+	.venv-latest/bin/python -m pytest -m 'not slow'
 
 check: .venv-latest/.test imports
 	.venv-latest/bin/ruff check .

@@ -1,4 +1,4 @@
-"""The YAML keys that the plugin adds to Axolotl's config, and how they become training arguments.
+"""The YAML keys that the plugin adds to an Axolotl config, and how they become training arguments.
 
 orpo_kernel: chunked          # -> AxolotlORPOConfig.kernel
 orpo_nll_normalization: pair  # -> AxolotlORPOConfig.nll_normalization
@@ -16,9 +16,9 @@ from orpo_plugins.objective import check_coefficients
 from orpo_plugins.options import CHOICES, ORPOFields, ORPOOwnFields, check_option, did_you_mean
 
 AXOLOTL_KEYS = ("orpo_alpha",)
-"""Keys beginning with `orpo_` that Axolotl itself has."""
+"""Axolotl's own keys that begin with `orpo_`."""
 _NAMES = {*(option.name for option in dataclasses.fields(ORPOOwnFields)), "max_completion_length"}
-"""The options that have a key of ours; Axolotl has keys for the others."""
+"""The options that the plugin adds a key for; Axolotl has keys for the others."""
 _COLUMNS = Field(default=None, description="Filled in by the plugin from the datasets' field_* keys; not for users.")
 
 
@@ -32,7 +32,7 @@ class _Checked(BaseModel):
 
 
 def _key(option: dataclasses.Field[Any]) -> tuple[Any, Any]:
-    """The type and the description of an option's key: absent, it leaves the trainer's default."""
+    """The type and the field of an option's key.  Without the key the trainer's default holds."""
     kind: Any = dict[str, float] if option.name == "loss_terms" else option.type
     if option.name in CHOICES:
         kind = str  # `check_option` lists the values
@@ -45,13 +45,13 @@ _FIELDS: dict[str, Any] = {
     "orpo_columns": (dict[str, list[dict[str, str]]] | None, _COLUMNS),
 }
 ORPOInputArgs: type[BaseModel] = create_model("ORPOInputArgs", __base__=_Checked, **_FIELDS)
-"""Mixed into Axolotl's config schema; every key is optional."""
+"""Added to Axolotl's config schema; every key is optional."""
 KEYS = tuple(name for name in ORPOInputArgs.model_fields if name != "orpo_columns")
 """The YAML keys, for messages."""
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raises `ConfigError` for a key beginning with `orpo_` that does not exist: Axolotl drops such keys silently."""
+    """Raises `ConfigError` for an unknown key that begins with `orpo_`, which Axolotl would drop silently."""
     known = (*AXOLOTL_KEYS, *ORPOInputArgs.model_fields)
     for key in keys:
         if key.startswith("orpo_") and key not in known:
@@ -61,7 +61,7 @@ def check_keys(keys: Iterable[str]) -> None:
 
 
 def check_beta(cfg: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` where the three names that Axolotl has for beta disagree, or the value is out of range."""
+    """Raises `ConfigError` where Axolotl's three keys for beta disagree, or a value is out of range."""
     given = {
         "trl.beta": (cfg.get("trl") or {}).get("beta"),
         "rl_beta": cfg.get("rl_beta"),
@@ -79,15 +79,15 @@ def check_beta(cfg: Mapping[str, Any]) -> None:
 
 
 def is_ours(cfg: Mapping[str, Any]) -> bool:
-    """Whether a config trains with ORPO and has the plugin: once it is loaded, it is asked about every config."""
+    """Whether a config has `rl: orpo` and the plugin.  A plugin that is loaded gets every config of the process."""
     return cfg.get("rl") == "orpo" and any(str(name).endswith("ORPOPlugin") for name in cfg.get("plugins") or [])
 
 
 def add_training_arguments() -> None:
-    """Gives our fields to `AxolotlORPOConfig`, and to the arguments of no other method.
+    """Adds our fields to `AxolotlORPOConfig`, and not to the arguments of other methods.
 
-    A plugin's `get_training_args_mixin` (0.19.0) would give them to all methods, whose fields of the same names have
-    other defaults, and only if no run of the process, or import, has loaded Axolotl's arguments before.
+    A plugin's `get_training_args_mixin` (0.19.0) would add them to all methods, some of which have fields of the same
+    names with other defaults.  It would also do so only if nothing in the process has imported Axolotl's arguments yet.
     """
     from axolotl.core import training_args
 
@@ -95,24 +95,24 @@ def add_training_arguments() -> None:
         return
 
     @dataclass
-    class AxolotlORPOConfig(ORPOOwnFields, training_args.AxolotlORPOConfig):  # type: ignore[misc]  # no types there
+    class AxolotlORPOConfig(ORPOOwnFields, training_args.AxolotlORPOConfig):
         """Axolotl's arguments for ORPO with the plugin's."""
 
-    # By these names it is found again when saved arguments are loaded.
+    # Saved arguments are loaded by these names.
     AxolotlORPOConfig.__module__, AxolotlORPOConfig.__qualname__ = training_args.__name__, AxolotlORPOConfig.__name__
     training_args.AxolotlORPOConfig = AxolotlORPOConfig
 
 
 def check_steps(cfg: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for batches filled up to no limit."""
+    """Raises `ConfigError` for batches that are filled by tokens without a limit."""
     if cfg.get("orpo_step_strategy") == "tokens" and cfg.get("orpo_max_tokens_per_batch") is None:
         raise ConfigError("orpo_step_strategy: tokens fills batches up to orpo_max_tokens_per_batch: set that too")
 
 
 def training_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `AxolotlORPOConfig` that come from our keys; absent keys leave the defaults.
+    """The keyword arguments of `AxolotlORPOConfig` that come from our keys; without a key the default holds.
 
-    And from `group_by_length`, which Axolotl passes on to other trainers only.
+    `group_by_length` is read here as well, because Axolotl passes it on to other trainers only.
     """
     names = {key: key.removeprefix("orpo_") for key in KEYS}
     arguments = {name: cfg.get(key) for key, name in names.items() if cfg.get(key) is not None}

@@ -1,11 +1,13 @@
-"""The way of Axolotl's datasets into tokenized pairs.
+"""How the datasets of an Axolotl config become tokenized pairs.
 
-A dataset without `type`, or with `type: orpo`, is read by our row formats (strings, conversations, ShareGPT, Alpaca,
-see docs/data.md), whatever its rows are.  So is one with `type: chat_template`, and its strings are written with the
-chat template.  Any other `type` is Axolotl's own and is applied first.  Either way the rows are tokenized here, once,
-and cached below `dataset_prepared_path`.
+The `type` of a dataset says how its rows are read:
 
-Rows longer than `sequence_len` follow Axolotl's `excess_length_strategy`: "drop" (its default), "truncate" or "raise".
+    none, orpo        by our row formats (strings, conversations, ShareGPT, Alpaca: see docs/data.md)
+    chat_template     the same, and rows of strings are written with the chat template
+    any other         by Axolotl, which makes strings of them
+
+Then the rows are tokenized here, once, and cached below `dataset_prepared_path`.  What happens to a pair longer than
+`sequence_len` is decided by Axolotl's `excess_length_strategy`: "drop" (its default), "truncate" or "raise".
 """
 
 import copy
@@ -16,25 +18,30 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_plugins import __version__
 from orpo_plugins.data.cache import tokenizer_identity
 from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
+from orpo_plugins.data.report import PreparationReport
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.integrations.axolotl_arguments import is_ours
 from orpo_plugins.integrations.axolotl_wording import yaml_words
+from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import prompt_length
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.utils.dict import DictDefault
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("axolotl.orpo_plugins")
 
 CHAT_TYPES = ("chat_template", "chat_template.default", "orpo.chat_template")
-"""Values of a dataset's `type` that have strings written with the chat template, as the first two do for `rl: dpo`."""
+"""Values of a dataset's `type` that write strings with the chat template; the first two do so for `rl: dpo` as well."""
 OWN_TYPES = (None, "orpo", *CHAT_TYPES)
 """Values of a dataset's `type` that stand for our row formats."""
 COLUMN_KEYS = {
@@ -45,15 +52,15 @@ COLUMN_KEYS = {
     "field_messages": "conversations",
     "field_tools": "tools",
 }
-"""A dataset's key that names a column: the name that our row formats give it."""
+"""A dataset's key that names a column: the name by which our row formats know this column."""
 LENGTH_STRATEGIES = ("drop", "truncate", "raise")
 _SPLITS = ("datasets", "test_datasets")
 _ROWS_PER_PROCESS = 1000
-"""Starting a second process costs as much time as so many rows."""
+"""Starting a second process takes as long as tokenizing this many rows."""
 
 
 def keep_column_names(cfg: dict[str, Any]) -> None:
-    """Copies `field_*` keys of the raw config to `orpo_columns`, because Axolotl's dataset schema drops some."""
+    """Copies `field_*` keys of the raw config to `orpo_columns`: Axolotl's dataset schema drops some of them."""
     renamed = {split: [_columns(dataset) for dataset in cfg[split]] for split in _SPLITS if cfg.get(split)}
     if any(any(columns) for columns in renamed.values()):
         cfg["orpo_columns"] = renamed
@@ -64,31 +71,31 @@ def _columns(dataset: Mapping[str, Any]) -> dict[str, str]:
 
 
 def serve_evaluate() -> None:
-    """Lets `axolotl evaluate` read data as `axolotl train` does.
+    """Makes `axolotl evaluate` read data as `axolotl train` does.
 
-    That command (0.19.0) asks no plugin for datasets, and hands the untokenized rows to `Trainer.evaluate`, which
-    crashes.  Its one loading function is replaced in the module that calls it; configs without this plugin fall
-    through to the original.
+    That command (0.19.0) asks no plugin for datasets.  It gives untokenized rows to `Trainer.evaluate`, which crashes.
+    So its loading function is replaced, in the module that calls it.  For configs without this plugin the replacement
+    calls the original.
     """
-    # Imported by `axolotl evaluate` and `preprocess` before any plugin; `axolotl train` asks the plugin instead.
-    caller = sys.modules.get("axolotl.common.datasets")
+    # `axolotl evaluate` and `preprocess` import this module before any plugin; `axolotl train` asks the plugin instead.
+    caller: Any = sys.modules.get("axolotl.common.datasets")
     if caller is not None:
-        caller.prepare_preference_datasets = prepare_preference_datasets  # type: ignore[attr-defined]
+        caller.prepare_preference_datasets = prepare_preference_datasets
 
 
-def prepare_preference_datasets(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """(train, eval) for the config, by us where `rl: orpo` and the plugin are in it, else by Axolotl."""
+def prepare_preference_datasets(cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> tuple[Any, Any]:
+    """(train, eval): tokenized by us for a config with `rl: orpo` and the plugin, else loaded by Axolotl."""
     from axolotl.utils.data.rl import prepare_preference_datasets as native
 
-    if not is_ours(cfg):
-        return native(cfg, tokenizer)  # type: ignore[no-any-return]
-    return load(cfg, tokenizer)
+    loader: Callable[..., tuple[Any, Any]] = load if is_ours(cfg) else native
+    return loader(cfg, tokenizer)
 
 
-def dataset_meta(cfg: Any) -> "TrainDatasetMeta":
-    """What Axolotl wants of a plugin that loads datasets: both sets, and the steps that it ends the run after.
+def dataset_meta(cfg: "DictDefault") -> "TrainDatasetMeta":
+    """What a plugin that loads datasets returns to Axolotl: both sets, and the number of steps of the run.
 
-    These are left to the Trainer where steps are filled by tokens, whose number no count of pairs tells.
+    With steps that are filled by tokens the number is None, because the number of pairs does not tell it: the Trainer
+    counts the steps then.
     """
     from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.loaders import load_tokenizer
@@ -100,10 +107,10 @@ def dataset_meta(cfg: Any) -> "TrainDatasetMeta":
 
 
 @yaml_words()
-def load(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
+def load(cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> tuple[Any, Any]:
     """(train, eval) as tokenized pairs; eval is None without `test_datasets` and `val_set_size`.
 
-    One process tokenizes, the others wait and read what it saved.
+    One process tokenizes and saves the pairs; the others wait and read them.
 
     Raises:
         ConfigError, RowError: name the dataset, row or option and the remedy.
@@ -116,26 +123,27 @@ def load(cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
     lock = FileLockLoader(cfg)
 
     def both_splits() -> tuple[Any, Any]:
+        evaluation: Any = None
         train = _load_split(cfg, "datasets", tokenizer)
         if cfg.test_datasets:
-            return train, _load_split(cfg, "test_datasets", tokenizer)
-        if cfg.val_set_size:
+            evaluation = _load_split(cfg, "test_datasets", tokenizer)
+        elif cfg.val_set_size:
             # The schema makes a float of a number of pairs, which the split would refuse.
             size = int(cfg.val_set_size) if cfg.val_set_size >= 1 else cfg.val_set_size
-            return create_train_validation_split(train, cfg, size)  # type: ignore[no-any-return]
-        return train, None
+            train, evaluation = create_train_validation_split(train, cfg, size)
+        return train, evaluation
 
     try:
         train, evaluation = lock.load(both_splits)
     finally:
         lock.cleanup()
     if cfg.dataset_exact_deduplication:
-        return deduplicate_and_log_datasets(dataset=train, other_dataset=evaluation)  # type: ignore[no-any-return]
+        train, evaluation = deduplicate_and_log_datasets(dataset=train, other_dataset=evaluation)
     return train, evaluation
 
 
-def _load_split(cfg: Any, split: str, tokenizer: Any) -> Any:
-    """One split, from the cache where it is there."""
+def _load_split(cfg: "DictDefault", split: str, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+    """One split, from the cache where it has been saved there."""
     from axolotl.utils.data.shared import (
         datasets_with_name_generator,
         load_preprocessed_dataset,
@@ -152,15 +160,15 @@ def _load_split(cfg: Any, split: str, tokenizer: Any) -> Any:
         for part in datasets_with_name_generator([dataset]):
             parts.append(tokenized(part, cfg, tokenizer, columns=dict(columns), index=index))
     if not parts or not sum(map(len, parts)):
-        raise ConfigError(f"no row of {split} is left to train on: see the report above for what was dropped and why")
+        raise ConfigError(f"no row of {split} is left to train on: the report above says what was dropped and why")
     merged = merge_datasets(parts, cfg)
     if not cfg.skip_prepare_dataset:
         save_preprocessed_dataset(cfg, merged, key, split)
     return merged
 
 
-def cache_key(cfg: Any, split: str, tokenizer: Any) -> str:
-    """A digest of everything that the tokenized rows depend on, local files' contents included."""
+def cache_key(cfg: "DictDefault", split: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A digest of everything that the tokenized rows depend on, with the contents of local files."""
     from axolotl.utils.data.shared import generate_dataset_hash_from_config
 
     parts = {
@@ -193,8 +201,15 @@ def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, str], index: int) -> Any:
-    """One entry of `datasets`, tokenized; what was cut or dropped is logged."""
+def tokenized(
+    dataset: "DictDefault",
+    cfg: "DictDefault",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    columns: Mapping[str, str],
+    index: int,
+) -> "Dataset":
+    """One entry of `datasets`, tokenized.  The log says what was cut or dropped."""
     from orpo_plugins.data.dataset import prepare_dataset
 
     name = f"{dataset.path}" + (f" ({dataset.name})" if dataset.name else "")
@@ -208,7 +223,7 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     options = pair_options(cfg, dataset, truncate=strategy == "truncate")
     processes = cfg.dataset_num_proc if len(rows) > _ROWS_PER_PROCESS else None
     pairs, report = prepare_dataset(rows, _with_template(tokenizer, dataset), options, num_proc=processes, name=name)
-    if report.all_whole():  # else it is in the log already, as a warning
+    if report.all_whole():  # otherwise `prepare_dataset` has logged it as a warning
         logger.info("%s", report.summary())
     if dataset.type in OWN_TYPES:
         _log_strings(name, report, template=_own_template(dataset) or cfg.chat_template)
@@ -217,8 +232,8 @@ def tokenized(dataset: Any, cfg: Any, tokenizer: Any, *, columns: Mapping[str, s
     return drop_too_long(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
 
 
-def _check_format(dataset: Any, tokenizer: Any) -> None:
-    """Raises `ConfigError` for keys that need text with special tokens, where the tokenizer encodes none."""
+def _check_format(dataset: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises `ConfigError` for keys that write special tokens as text, where the tokenizer cannot encode these."""
     if not gives_chats_as_ids(tokenizer):
         return
     template = _own_template(dataset)
@@ -226,13 +241,13 @@ def _check_format(dataset: Any, tokenizer: Any) -> None:
     for key, value in keys.items():
         if value:
             raise ConfigError(
-                f"dataset {dataset.path!r}: {key}: {value} writes text with special tokens, of which this tokenizer "
-                f"encodes none: like all of mistral-common's it has a chat format of its own. Leave {key} out"
+                f"dataset {dataset.path!r}: {key}: {value} writes text with special tokens, and this tokenizer of "
+                f"mistral-common encodes none in a text: it has a chat format of its own. Leave {key} out"
             )
 
 
-def raw_rows(dataset: Any, cfg: Any) -> Any:
-    """The rows of one entry as they stand in the file, the hub or the bucket."""
+def raw_rows(dataset: "DictDefault", cfg: "DictDefault") -> "Dataset":
+    """The rows of one entry as they are in the file, on the hub or in the bucket."""
     from axolotl.utils.data.shared import load_dataset_with_config
 
     rows = load_dataset_with_config(dataset, cfg.hf_use_auth_token, streaming=False)
@@ -245,8 +260,8 @@ def raw_rows(dataset: Any, cfg: Any) -> Any:
     return rows
 
 
-def _renamed(rows: Any, columns: Mapping[str, str], name: str) -> Any:
-    """The rows with the columns that `field_*` keys name under the names that our row formats read."""
+def _renamed(rows: "Dataset", columns: Mapping[str, str], name: str) -> "Dataset":
+    """The rows; columns that `field_*` keys name get the names that our row formats read."""
     for expected, given in columns.items():
         if given not in rows.column_names:
             found = ", ".join(rows.column_names)
@@ -258,7 +273,9 @@ def _renamed(rows: Any, columns: Mapping[str, str], name: str) -> Any:
     return rows
 
 
-def _native_rows(rows: Any, dataset: Any, cfg: Any, tokenizer: Any, index: int) -> Any:
+def _native_rows(
+    rows: "Dataset", dataset: "DictDefault", cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase", index: int
+) -> "Dataset":
     """The rows after one of Axolotl's own dataset types: prompt, chosen and rejected, as strings."""
     from axolotl.prompt_strategies.orpo import load as load_type
 
@@ -282,12 +299,14 @@ def _native_rows(rows: Any, dataset: Any, cfg: Any, tokenizer: Any, index: int) 
         transform = functools.partial(transform, tokenizer=tokenizer)
     options.pop("remove_columns", None)
     mapped = rows.map(transform, desc=f"Applying {dataset.type}", num_proc=cfg.dataset_num_proc, **options)
-    # A column that the type has read already, such as `system`, must not be read a second time.
+    # The type has read other columns already, such as `system`: these must not be read a second time.
     return mapped.select_columns(["prompt", "chosen", "rejected"])
 
 
-def _keys_in_place_of_type(rows: Any, dataset: Any, cfg: Any, tokenizer: Any) -> Iterator[tuple[str, str]]:
-    """The keys of a dataset that do what its type, which other methods of Axolotl have, does there."""
+def _keys_in_place_of_type(
+    rows: "Dataset", dataset: "DictDefault", cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[str, str]]:
+    """The keys to set instead of a `type` that Axolotl has for other methods, and not for ORPO."""
     from axolotl.utils.schemas.enums import ChatTemplate
 
     from orpo_plugins.data.row_formats import likely_renames
@@ -303,14 +322,14 @@ def _keys_in_place_of_type(rows: Any, dataset: Any, cfg: Any, tokenizer: Any) ->
         yield f"field_{expected}", given
 
 
-def _log_strings(name: str, report: Any, *, template: Any) -> None:
-    """Says whether strings were written with the chat template; a warning where one is set and was not used."""
+def _log_strings(name: str, report: PreparationReport, *, template: object) -> None:
+    """Logs whether strings were written with the chat template; warns where one is set and was not used."""
     if report.strings_templated:
         logger.info("%s: %d rows of strings are written with the chat template", name, report.strings_templated)
     if report.strings_joined and template:
         logger.warning(
             "%s: %d rows of strings are joined as they are, without chat_template: %s. Set orpo_template_strings: true "
-            "(or type: %s in this dataset) to have them written with it",
+            "(or type: %s in this dataset) to write them with it",
             name,
             report.strings_joined,
             getattr(template, "value", template),
@@ -320,18 +339,16 @@ def _log_strings(name: str, report: Any, *, template: Any) -> None:
         logger.info("%s: %d rows of strings are joined as they are", name, report.strings_joined)
 
 
-def length_strategy(cfg: Any) -> str:
-    """What happens to rows longer than `sequence_len`: "drop", "truncate" or "raise"."""
+def length_strategy(cfg: "DictDefault") -> str:
+    """What happens to pairs longer than `sequence_len`: "drop", "truncate" or "raise"."""
     strategy = str(cfg.excess_length_strategy or "drop").lower()
     if strategy not in LENGTH_STRATEGIES:
         raise ConfigError(f"unknown excess_length_strategy {strategy!r}; known: {', '.join(LENGTH_STRATEGIES)}")
     return strategy
 
 
-def pair_options(cfg: Any, dataset: Any, *, truncate: bool) -> Any:
-    """How the rows of a dataset become pairs; `sequence_len` counts only where longer rows are to be cut."""
-    from orpo_plugins.options import PairOptions
-
+def pair_options(cfg: "DictDefault", dataset: "DictDefault", *, truncate: bool) -> PairOptions:
+    """How the rows of a dataset become pairs.  `sequence_len` counts here only where longer rows are to be cut."""
     return PairOptions(
         max_length=cfg.sequence_len if truncate else None,
         max_prompt_length=cfg.orpo_max_prompt_length,
@@ -344,10 +361,10 @@ def pair_options(cfg: Any, dataset: Any, *, truncate: bool) -> Any:
     )
 
 
-def has_encoder(cfg: Any) -> bool:
-    """Whether the model is an encoder-decoder model, whose prompts and answers are tokenized each by itself.
+def has_encoder(cfg: "DictDefault") -> bool:
+    """Whether the model is an encoder-decoder model: its prompts and answers are tokenized apart from each other.
 
-    Raises `ConfigError` where it would be loaded as a causal LM: BART loses its encoder so, without a word.
+    Raises `ConfigError` where it would be loaded as a causal LM: BART would lose its encoder without an error.
     """
     from axolotl.loaders.utils import load_model_config
 
@@ -361,14 +378,14 @@ def has_encoder(cfg: Any) -> bool:
     return True
 
 
-def _own_template(dataset: Any) -> str | None:
-    """The dataset's `chat_template`, where it names another than the tokenizer's."""
+def _own_template(dataset: "DictDefault") -> str | None:
+    """The dataset's `chat_template`; None where it is that of the tokenizer."""
     name = getattr(dataset.chat_template, "value", dataset.chat_template)
     return None if name in (None, "", "tokenizer_default") else str(name)
 
 
-def _with_template(tokenizer: Any, dataset: Any) -> Any:
-    """The tokenizer with the dataset's own chat template, where it names one."""
+def _with_template(tokenizer: "PreTrainedTokenizerBase", dataset: "DictDefault") -> "PreTrainedTokenizerBase":
+    """The tokenizer; a copy with the dataset's own chat template, where the dataset has one."""
     if _own_template(dataset) is None:
         return tokenizer
     from axolotl.utils.chat_templates import get_chat_template
@@ -378,10 +395,14 @@ def _with_template(tokenizer: Any, dataset: Any) -> Any:
     return own
 
 
-def drop_too_long(pairs: Any, limit: int, strategy: str, name: str, *, encoder_decoder: bool = False) -> Any:
-    """The pairs of which both sequences fit; the others are dropped and counted, or the first of them is an error.
+def drop_too_long(
+    pairs: "Dataset", limit: int, strategy: str, name: str, *, encoder_decoder: bool = False
+) -> "Dataset":
+    """The pairs whose two sequences both fit into `limit` tokens; the log counts the others.
 
-    With an encoder, prompts and answers have to fit each by itself.
+    With an encoder, the limit holds for prompts and for answers separately.
+
+    Raises `RowError` for a pair that does not fit where `strategy` is "raise".
     """
     measure, column = (_longer_part, "labels") if encoder_decoder else (len, "input_ids")
     sides = [map(measure, pairs[f"{side}_{column}"]) for side in ("chosen", "rejected")]

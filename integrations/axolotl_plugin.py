@@ -5,8 +5,9 @@
     rl: orpo
     orpo_alpha: 0.1
 
-Axolotl's `get_trainer_cls` builds preference trainers without a model (0.19.0), so the trainer is named by the config
-key `trainer_cls` instead.  A process may run several configs, with this plugin and without: nothing is kept of one.
+Where a plugin has `get_trainer_cls`, Axolotl (0.19.0) builds preference trainers without a model.  So the plugin sets
+the config key `trainer_cls` instead.  A process may run several configs, with this plugin and without it: the plugin
+keeps nothing of any of them.
 """
 
 import logging
@@ -36,26 +37,26 @@ logger = logging.getLogger("axolotl.orpo_plugins")
 
 TRAINER = "orpo_plugins.integrations.axolotl_trainer.AxolotlORPOTrainer"
 WITHOUT_EFFECT = {
-    "cut_cross_entropy": "the head is ours, see orpo_kernel",
-    "chunked_cross_entropy": "the head is ours, see orpo_kernel",
-    "liger_cross_entropy": "the head is ours, see orpo_kernel",
-    "liger_fused_linear_cross_entropy": "the head is ours, see orpo_kernel",
-    "flash_attn_cross_entropy": "the head is ours, see orpo_kernel",
+    "cut_cross_entropy": "orpo-plugins computes the head, see orpo_kernel",
+    "chunked_cross_entropy": "orpo-plugins computes the head, see orpo_kernel",
+    "liger_cross_entropy": "orpo-plugins computes the head, see orpo_kernel",
+    "liger_fused_linear_cross_entropy": "orpo-plugins computes the head, see orpo_kernel",
+    "flash_attn_cross_entropy": "orpo-plugins computes the head, see orpo_kernel",
     "train_on_inputs": "the prompt is in the NLL with orpo_nll_over: sequence and not with completion",
     "pad_to_sequence_len": "batches are padded by the layout, see orpo_layout",
     "eval_sample_packing": "pairs are packed by the layout, see orpo_layout",
 }
-"""Config keys that ORPO does not read, each with the reason to print where one is set."""
+"""Config keys that ORPO does not read; the log gives the reason where one of them is set."""
 
 
-class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
-    """Takes over `rl: orpo`; with any other `rl` it does nothing."""
+class ORPOPlugin(BasePlugin):
+    """Trains configs with `rl: orpo`; with any other `rl` it does nothing."""
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Checks the raw config and names our trainer in it.
+        """Checks the raw config and sets its `trainer_cls` to our trainer.
 
         Raises:
-            ConfigError: an unknown `orpo_*` key, a foreign `trainer_cls`, `sample_packing`, or keys that disagree.
+            ConfigError: an unknown `orpo_*` key, another `trainer_cls`, `sample_packing`, or keys that disagree.
         """
         if not is_ours(cfg):
             if cfg.get("rl") != "orpo":
@@ -85,11 +86,11 @@ class ORPOPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
         logger.info("orpo-plugins %s takes over rl: orpo", __version__)
 
     def get_input_args(self) -> str | None:
-        """The schema of our YAML keys."""
+        """The path of the schema of our YAML keys."""
         return "orpo_plugins.integrations.axolotl_arguments.ORPOInputArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """The last call before the training arguments are made: they get our fields."""
+        """Adds our fields to the training arguments.  Axolotl makes these right after this call."""
         if is_ours(cfg):
             add_training_arguments()
 

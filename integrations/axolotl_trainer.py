@@ -1,6 +1,6 @@
-"""Axolotl's ORPO trainer: its own mixins over our `ORPOTrainer` instead of TRL's.
+"""The ORPO trainer for Axolotl: Axolotl's mixins over our `ORPOTrainer` instead of TRL's.
 
-Imported by Axolotl's builder through the config key `trainer_cls`, which `ORPOPlugin.register` sets.
+Axolotl's builder imports it by the config key `trainer_cls`, which `ORPOPlugin.register` sets.
 """
 
 import logging
@@ -21,16 +21,16 @@ class AxolotlORPOTrainer(
 ):
     """`ORPOTrainer` with Axolotl's optimizers, schedulers, RNG restoring and parallel saving.
 
-    The mixins, in this order, are those of Axolotl's own `AxolotlORPOTrainer`; without them `optimizer: muon`,
+    The mixins and their order are those of Axolotl's own `AxolotlORPOTrainer`.  Without them `optimizer: muon`,
     `lr_scheduler: rex` and others fail.
     """
 
-    _tag_names = ("axolotl", "orpo")  # type: ignore[assignment]  # one tag more than the base class
+    _tag_names = ("axolotl", "orpo")
 
     @yaml_words()
     def __init__(self, *args: Any, data_collator: Any = None, **kwargs: Any) -> None:
         if data_collator is not None:
-            # Axolotl's builder makes one for `pad_to_multiple_of`, for the columns that TRL's tokenization has.
+            # Axolotl's builder makes one for `pad_to_multiple_of`.  It reads the columns of TRL's tokenization.
             logger.warning("pad_to_multiple_of has no effect: batches are padded by the layout")
         super().__init__(*args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""Errors and warnings in the words of an Axolotl config: `layout='padded'` becomes `orpo_layout: padded`.
+"""Rewords errors and warnings for an Axolotl config: `layout='padded'` becomes `orpo_layout: padded`.
 
-Messages of this package write options as Python does, `name='value'`, and advise what a Python program can do.  While
-`yaml_words()` is entered, those that leave it name the YAML key instead.
+Messages of this package write options as in Python, `name='value'`, and give advice for Python programs.  Inside
+`yaml_words()`, errors and log lines name the YAML keys instead.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ YAML_KEYS = {
     "modules_to_save": "lora_modules_to_save",
     "target_modules": "lora_target_modules",
 }
-"""Options by the names that messages give them, and the keys that set them."""
+"""The name of an option in messages: the YAML key that sets it."""
 NESTED = {"output_router_logits": "overrides_of_model_config", "llm_int8_skip_modules": "bnb_config_kwargs"}
-"""Settings of a model or its quantization: the key that holds them in a mapping."""
+"""A setting of a model or of its quantization: the YAML key whose mapping holds it."""
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 
 _VALUE = r"'[^']*'|True|False|None|-?\d[\w.+-]*|\[[^\]]*\]"
 _ASSIGNED = re.compile(rf"(?<![\w.])({'|'.join([*YAML_KEYS, *NESTED])})=({_VALUE})")
 _NAMED = re.compile(rf"(?<![\w.'=])({'|'.join(name for name in YAML_KEYS if '_' in name)})\b(?!=)")
-# Words of everyday English where nothing follows that tells them from options.
+# These are also everyday words; they are options only where a value follows.
 _FOLLOWED = re.compile(r"\b(kernel|layout|beta)(?= '| is -?\d)")
 
 
@@ -64,11 +64,11 @@ _PHRASES: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"set model\.config\.router_aux_loss_coef": "set overrides_of_model_config: {router_aux_loss_coef: ...}",
     r"make it with ORPOCollator\(\.\.\., ([^()]*)\)": r"set \1",
 }
-"""Advice for Python programs, and for configs."""
+"""Advice for Python programs, as a pattern: the advice for configs."""
 
 
 def in_yaml(message: str) -> str:
-    """The message with options as YAML keys, and with advice that a config can follow."""
+    """The message with YAML keys instead of options, and with advice for a config."""
     for pattern, words in _PHRASES.items():
         message = re.sub(pattern, words, message)
     message = _ASSIGNED.sub(_assigned, message)
@@ -76,7 +76,7 @@ def in_yaml(message: str) -> str:
 
 
 class _InYaml(logging.Filter):
-    """Rewords the text of records, and not what is put into it, which may be a user's."""
+    """Rewords the text of records, but not their arguments, which may hold a user's text."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg = in_yaml(str(record.msg))
@@ -88,7 +88,7 @@ _FILTER = _InYaml()
 
 @contextlib.contextmanager
 def yaml_words() -> Iterator[None]:
-    """Rewords the package's errors that pass, and the records of its loggers meanwhile; also a decorator."""
+    """Rewords errors of this package that leave the block, and log lines inside of it.  Also a decorator."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith("orpo_plugins.")]
     reworded = [logger for logger in map(logging.getLogger, names) if _FILTER not in logger.filters]
     for logger in reworded:

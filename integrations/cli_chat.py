@@ -2,7 +2,7 @@
 
 orpo-plugins chat --model_name_or_path OUTPUT        a model's folder or name, or the folder of an adapter
 
-A line is a message; `clear` begins a new conversation, `exit` or the end of the input ends the program.
+Each line is a message.  `clear` begins a new conversation; `exit` or the end of the input ends the program.
 """
 
 import argparse
@@ -10,12 +10,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from orpo_plugins.data.chat_id_pairs import gives_chats_as_ids
 from orpo_plugins.data.encoder_decoder_pairs import encoded_alone
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.models.head import is_encoder_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _EMBEDDINGS = ("embed", "wte", "lm_head")
 
@@ -29,9 +32,9 @@ class ChatOptions:
     max_new_tokens: int = 512
     """Longest answer, in tokens."""
     temperature: float = 0.7
-    """Of sampling; 0 always takes the likeliest token."""
+    """Temperature of sampling; 0 always takes the likeliest token."""
     top_p: float = 0.9
-    """Samples among the likeliest tokens that have this much probability together."""
+    """Samples only from the likeliest tokens whose probabilities sum up to this."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -85,7 +88,7 @@ def main(arguments: list[str]) -> int:
 
 
 def typed_lines(stream: TextIO) -> Iterator[str]:
-    """Lines of a stream; shows a prompt where a person types them."""
+    """Lines of a stream; prints `> ` before each one in a terminal."""
     while True:
         if stream.isatty():
             print("> ", end="", flush=True)
@@ -97,10 +100,10 @@ def typed_lines(stream: TextIO) -> Iterator[str]:
 
 def load(
     name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
-) -> tuple[Any, Any]:
-    """(model in eval mode on its device, tokenizer) of a model's name or folder, or of an adapter's folder.
+) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """(model in eval mode on its device, tokenizer) from a model's name or folder, or from an adapter's folder.
 
-    Raises `ConfigError` for a name under which no model is found, `MissingExtraError` for an adapter without peft.
+    Raises `ConfigError` where no model is found under the name, `MissingExtraError` for an adapter without peft.
     """
     import torch
 
@@ -121,7 +124,7 @@ def load(
 
 
 def _base(name: str, arguments: dict[str, Any]) -> Any:
-    """A model of the class that its config stands for: as a causal LM, BART would lose its encoder without a word."""
+    """The model, in the class that its config asks for: as a causal LM, BART would lose its encoder silently."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=arguments["trust_remote_code"])
@@ -130,7 +133,7 @@ def _base(name: str, arguments: dict[str, Any]) -> Any:
 
 
 def _with_adapter(folder: str, arguments: dict[str, Any]) -> Any:
-    """The base model with an adapter, its embeddings as long as those that the adapter brings."""
+    """The base model with an adapter; its embeddings are resized to those saved with the adapter."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -143,7 +146,7 @@ def _with_adapter(folder: str, arguments: dict[str, Any]) -> Any:
 
 
 def _embeddings_in(folder: str) -> int:
-    """How many tokens the embeddings saved with an adapter have; 0 where it has none."""
+    """The number of tokens of the embeddings that are saved with an adapter; 0 where none are."""
     from safetensors import safe_open
 
     path = Path(folder) / "adapter_model.safetensors"
@@ -159,7 +162,7 @@ def _embeddings_in(folder: str) -> int:
 
 def chat(
     model: Any,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     lines: Iterable[str],
     options: ChatOptions | None = None,
     *,
@@ -167,7 +170,7 @@ def chat(
 ) -> list[dict[str, str]]:
     """Answers each line, token by token, and returns the last conversation.
 
-    Without a chat template each line is a text to go on from, with no conversation around it.
+    Without a chat template each line is a text by itself, which the model continues.
 
     Args:
         model, tokenizer: a causal LM or encoder-decoder model of transformers and its tokenizer.
@@ -193,12 +196,18 @@ def chat(
     return messages
 
 
-def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: ChatOptions, output: TextIO) -> str:
+def answer(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, str]],
+    options: ChatOptions,
+    output: TextIO,
+) -> str:
     """The next message, written to `output` as it is generated."""
     import torch
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):  # type: ignore[misc]
+    class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(text, end="\n" if stream_end else "", file=output, flush=True)
 
@@ -218,27 +227,27 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: 
     return str(tokenizer.decode(generated[0, start:], skip_special_tokens=True))
 
 
-def _has_chats(tokenizer: Any) -> bool:
+def _has_chats(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.chat_template is not None or gives_chats_as_ids(tokenizer)
 
 
-def _prompt(tokenizer: Any, messages: list[dict[str, str]], *, encoder: bool) -> list[int]:
-    """The ids that the model goes on from, as in training."""
+def _prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], *, encoder: bool) -> list[int]:
+    """The token ids that the model continues, made as in training."""
     if gives_chats_as_ids(tokenizer):
         said = [message for message in messages if message["content"]]  # mistral-common refuses an empty answer
         return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
     if _has_chats(tokenizer):
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
         text = "\n".join(message["content"] for message in messages)
-    if encoder:  # it reads a text that stands alone
+    if encoder:  # which reads the prompt as a text of its own
         return encoded_alone(tokenizer, [text])[0]
-    # A template has written the special tokens itself.
+    # A chat template has written the special tokens already.
     return list(tokenizer(text, add_special_tokens=not _has_chats(tokenizer))["input_ids"])
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: a base model's config may not know the end of a turn."""
+def _ends(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Every token that ends an answer: the config of a base model may lack the end of a turn."""
     known = model.generation_config.eos_token_id
     own = known if isinstance(known, list) else [known]
     return sorted({token for token in [tokenizer.eos_token_id, *own] if token is not None})

@@ -1,12 +1,11 @@
-"""Options that change after a trainer is built: by a callback, a search over hyperparameters, or an assignment.
+"""Options that change after a trainer is built: by a callback, by a hyperparameter search, or by an assignment.
 
-Those of the loss are read where they are used, so a change holds from the next step.  Some others are applied when a
-run begins.  What data or model were made with cannot change any more, and is an error.
+Options of the loss are read where they are used, so a change holds from the next step on.  Some other options are
+applied when a run begins.  The rest was used to make the data or the model: changing it is an error.
 """
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Generic, Self, TypeVar, overload
 
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.options import ORPOOptions
@@ -31,13 +30,15 @@ FIXED_OPTIONS = {
     "padding_value": "the collator was made with the old value",
     **dict.fromkeys(("disable_dropout", "model_init_kwargs", "trust_remote_code"), "the model was made with it"),
 }
-"""Read when the trainer is built; why a change cannot be followed."""
+"""Read when the trainer is built.  Each value says why a change has no effect any more."""
+
+ValueT = TypeVar("ValueT")
 
 
-class Option:
-    """An option of the loss, as an attribute of an object that has `ORPOOptions`.
+class Option(Generic[ValueT]):
+    """An option of the loss, as an attribute of an object that holds an `ORPOOptions`.
 
-    What is set goes to where the loss reads it, and is checked as at construction.
+    Reading gives the value in that `ORPOOptions`.  Setting replaces the `ORPOOptions`, which checks the new value.
     """
 
     def __init__(self, holder: str) -> None:
@@ -46,45 +47,65 @@ class Option:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type | None = None) -> ValueT: ...
+    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
         return self if instance is None else getattr(getattr(instance, self.holder), self.name)
 
-    def __set__(self, instance: Any, value: Any) -> None:
+    def __set__(self, instance: object, value: ValueT) -> None:
         options: ORPOOptions = getattr(instance, self.holder)
-        setattr(instance, self.holder, replace(options, **{self.name: value}))
+        new: dict[str, Any] = {self.name: value}
+        setattr(instance, self.holder, replace(options, **new))
 
 
-def values_at(args: Any) -> dict[str, Any]:
-    """Those of `RUN_OPTIONS` and `FIXED_OPTIONS` that the arguments have, with their values now."""
+class OptionChanges:
+    """Compares a trainer's options with those of its last run, and with those that its log has shown."""
+
+    def __init__(self, args: object, options: ORPOOptions) -> None:
+        self._applied = _values(args)
+        self._logged = self._shown(options)
+
+    def to_apply(self, args: object, *, running: bool) -> dict[str, Any]:
+        """The `RUN_OPTIONS` that have changed since `applied` was called, with their new values.
+
+        Raises `ConfigError` for a change of `FIXED_OPTIONS`, and for any change while a run goes on.
+        """
+        new = {name: value for name, value in _values(args).items() if value != self._applied.get(name, value)}
+        for name, value in new.items():
+            if name in FIXED_OPTIONS:
+                raise cannot_change(name, value, self._applied[name])
+            if running:
+                raise ConfigError(
+                    f"{name} was {self._applied[name]!r} when the run began and is {value!r} now: it is applied when "
+                    "train() begins, so set it before, or end this run"
+                )
+        return new
+
+    def applied(self, args: object) -> None:
+        """Remembers the values of now as those of the run."""
+        self._applied = _values(args)
+
+    def to_log(self, options: ORPOOptions) -> str:
+        """What has changed since the last call, in words: "beta=0.2 (was 0.1)"; empty where nothing did."""
+        before, self._logged = self._logged, self._shown(options)
+        changed = {name: value for name, value in self._logged.items() if value != before[name]}
+        return ", ".join(f"{name}={value!r} (was {before[name]!r})" for name, value in changed.items())
+
+    def _shown(self, options: ORPOOptions) -> dict[str, Any]:
+        return {**{name: getattr(options, name) for name in LOSS_OPTIONS}, **self._applied}
+
+
+def _values(args: object) -> dict[str, Any]:
+    """The `RUN_OPTIONS` and `FIXED_OPTIONS` that the arguments have; a stock trainer's have none."""
     return {name: getattr(args, name) for name in (*RUN_OPTIONS, *FIXED_OPTIONS) if hasattr(args, name)}
 
 
-def changed(before: Mapping[str, Any], args: Any, *, running: bool) -> dict[str, Any]:
-    """The `RUN_OPTIONS` that are others than `before`, with their new values.
-
-    Raises `ConfigError` for a change that cannot be followed: of `FIXED_OPTIONS`, and of any while a run goes on.
-    """
-    new = {name: value for name, value in values_at(args).items() if value != before.get(name, value)}
-    for name, value in new.items():
-        if name in FIXED_OPTIONS:
-            raise cannot_change(name, value, before[name])
-        if running:
-            raise ConfigError(
-                f"{name} was {before[name]!r} when the run began and is {value!r} now: it is applied when train() "
-                "begins, so set it before, or end this run"
-            )
-    return new
-
-
-def cannot_change(name: str, value: Any, before: Any) -> ConfigError:
+def cannot_change(name: str, value: object, before: object) -> ConfigError:
     """The error for a new value of one of `FIXED_OPTIONS`."""
     return ConfigError(
         f"{name} was {before!r} when the trainer was built and is to be {value!r} now, but {FIXED_OPTIONS[name]}: "
         f"set it back, or build a new ORPOTrainer with {name}={value!r} in its arguments (in a search over "
         "hyperparameters too, one for each value)"
     )
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What changed, in words: "beta=0.2 (was 0.1)"; empty where nothing did."""
-    return ", ".join(f"{name}={value!r} (was {before[name]!r})" for name, value in now.items() if value != before[name])

@@ -1,4 +1,4 @@
-"""`ORPOConfig`: transformers' `TrainingArguments` plus what ORPO needs; no TRL class is involved.
+"""`ORPOConfig`: transformers' `TrainingArguments` with the options of ORPO.  It does not depend on TRL.
 
 ORPOConfig(output_dir="out", beta=0.1, max_length=1024, kernel="auto", layout="auto")
 """
@@ -35,14 +35,14 @@ class _ORPOArguments(ORPOFields, TrainingArguments):
         activation_checkpointing: bool | None = field(default=True, metadata=_CHECKPOINTING)
     else:
         gradient_checkpointing: bool = field(default=True, metadata=_CHECKPOINTING)
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until __post_init__ chooses
         default=None, metadata={"help": "bf16 mixed precision; None: where the accelerator has it, unless fp16 is set."}
     )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has no types there
         self.check()
 
 
@@ -53,7 +53,7 @@ class ORPOConfig(_ORPOArguments):
     (activation) checkpointing on, `bf16` on where the accelerator supports it and `fp16` is not set.  Unlike TRL's,
     `logging_nan_inf_filter` is off: a loss that is not finite ends the run with an error at the next log.
 
-    Names that TRL and transformers have dropped are accepted, translated and named once in a warning:
+    Names that TRL and transformers have dropped are accepted and translated, with a warning each:
     `orpo_alpha`, `orpo_beta`, `evaluation_strategy`, `warmup_ratio`, `group_by_length`, `no_cuda`,
     `label_pad_token_id`, `overwrite_output_dir`, `save_safetensors`, `logging_dir`, `is_encoder_decoder`.
 
@@ -72,17 +72,20 @@ class ORPOConfig(_ORPOArguments):
         super().__init__(*args, **arguments)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises `ConfigError` for an old name, which is translated in the constructor alone."""
+        """Raises `ConfigError` for an old name: only the constructor translates these."""
         if is_legacy(name) and name not in self.__dataclass_fields__:
             raise ConfigError(f"{name}={value!r} would have no effect: {todays_name(name)}")
         super().__setattr__(name, value)
 
 
 def _rename_checkpointing(arguments: dict[str, Any]) -> None:
-    """Old names to new: transformers reads an old one only where the new is unset, which a default of True never is."""
+    """Replaces old names by new ones.
+
+    transformers reads an old name only where the new one is not set.  Ours is always set: its default is True.
+    """
     wanted = arguments.pop("gradient_checkpointing", None)
     if wanted is not None:
-        # Both come from a command line (the default and what was given) or from a copy (the change and the mirror).
+        # A command line gives both names, one with the default; a copy of the arguments has both as well.
         arguments["activation_checkpointing"] = wanted and arguments.get("activation_checkpointing", True)
     options = arguments.pop("gradient_checkpointing_kwargs", None)
     if options is not None and arguments.get("activation_checkpointing_kwargs") is None:

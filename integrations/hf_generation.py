@@ -1,4 +1,4 @@
-"""What the model answers during evaluation: prompts of one batch, generated from and put into a table.
+"""Samples during evaluation: the model answers the prompts of one batch, and the log gets a table of them.
 
 ORPOConfig(generate_during_eval=True, report_to="wandb")
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from orpo_plugins.data.collator import pad_token_id
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
@@ -20,19 +21,19 @@ from orpo_plugins.targets import prompt_length
 
 logger = logging.getLogger(__name__)
 NEW_TOKENS = 128
-"""The longest answer where neither the model's generation config nor max_completion_length sets one."""
+"""Length limit of an answer where neither the model's generation config nor max_completion_length sets one."""
 NAME = "game_log"
-"""The table's name in trackers, as in TRL."""
+"""The name of the table in trackers, as in TRL."""
 
 
-def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
-    """Generates for one batch of `dataset` (tokenized rows) and logs "Prompt" and "Policy" under W&B, trackio or Comet.
+def log_generations(trainer: Trainer, dataset: Any, prefix: str) -> None:
+    """Answers one batch of `dataset` (tokenized rows); "Prompt" and "Policy" go to W&B, trackio and Comet as a table.
 
-    Where `report_to` names none of them the table goes to `<output_dir>/generations/step-<n>.json`.  The rows are drawn
-    anew at each step, the same ones on all ranks; the model's generation config decides between greedy search and
-    sampling.
+    Where `report_to` names none of these, the table goes to `<output_dir>/generations/step-<n>.json`.  Each step draws
+    other rows; all ranks draw the same.  The model's generation config says whether answers are sampled.
     """
-    prompts = sample_prompts(dataset, trainer.args.eval_batch_size, seed=trainer.args.seed + trainer.state.global_step)
+    args: Any = trainer.args
+    prompts = sample_prompts(dataset, args.eval_batch_size, seed=args.seed + trainer.state.global_step)
     tokenizer = text_tokenizer.of(trainer.processing_class)
     pad = pad_token_id(tokenizer)
     answers = generate(trainer, prompts, pad)
@@ -44,15 +45,15 @@ def log_generations(trainer: Any, dataset: Any, prefix: str) -> None:
     rows = [{"Prompt": prompt, "Policy": answer} for prompt, answer in zip(*texts, strict=True)]
     step = trainer.state.global_step
     _start_trackers(trainer)
-    if not _track(rows, trainer.args.report_to):
+    if not _track(rows, args.report_to):
         name = f"step-{step}.json" if prefix == "eval" else f"step-{step}-{prefix.removeprefix('eval_')}.json"
-        path = Path(trainer.args.output_dir) / "generations" / name
+        path = Path(args.output_dir) / "generations" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def sample_prompts(dataset: Any, count: int, *, seed: int) -> list[list[int]]:
-    """The prompts' token ids of `count` random rows (of the first ones, where `dataset` is a stream)."""
+    """Token ids of the prompts of `count` random rows; of the first rows, where `dataset` is a stream."""
     if hasattr(dataset, "__len__"):
         rows = [dataset[i] for i in random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))]
     else:
@@ -60,31 +61,32 @@ def sample_prompts(dataset: Any, count: int, *, seed: int) -> list[list[int]]:
     return [list(row["chosen_input_ids"])[: prompt_length(row["chosen_labels"])] for row in rows]
 
 
-def generate(trainer: Any, prompts: list[list[int]], pad: int) -> Tensor:
-    """[B, new tokens]: the answers, with the key-value cache.
+def generate(trainer: Trainer, prompts: list[list[int]], pad: int) -> Tensor:
+    """[B, new tokens]: the answers, generated with the key-value cache.
 
-    Prompts are padded on the left, where a decoder goes on from them, and on the right for an encoder.
+    Prompts are padded on the left for a decoder, which continues them, and on the right for an encoder.
     """
     width = max(map(len, prompts))
-    model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.args.device
+    args: Any = trainer.args
+    model, device = trainer.accelerator.unwrap_model(trainer.model), args.device
     encoder = is_encoder_decoder(model)
     side = 1 if encoder else -1
     input_ids = torch.tensor([_joined(prompt, [pad] * (width - len(prompt)), side) for prompt in prompts])
     mask = torch.tensor([_joined([1] * len(prompt), [0] * (width - len(prompt)), side) for prompt in prompts])
-    # A router's loss is none of generation's business, and transformers (5.16 to 5.23) fails on it beside a cache.
+    # Generation needs no router loss, and transformers (5.16 to 5.23) cannot compute it with a cache.
     routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
         whole = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=model.generation_config.max_new_tokens or trainer.args.max_completion_length or NEW_TOKENS,
+            max_new_tokens=model.generation_config.max_new_tokens or args.max_completion_length or NEW_TOKENS,
             pad_token_id=pad,
             use_cache=True,
-            # Sharded weights are gathered by all ranks together, so none may stop before the others.
+            # All ranks gather sharded weights together, so no rank may stop before the others.
             synced_gpus=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
             **routers,
         )
-    answers: Tensor = whole[:, 1 if encoder else width :]  # a decoder with an encoder returns its start token first
+    answers: Tensor = whole[:, 1 if encoder else width :]  # the decoder of an encoder returns its start token first
     return answers
 
 
@@ -98,20 +100,20 @@ def _joined(ids: list[int], padding: list[int], side: int) -> list[int]:
     return ids + padding if side > 0 else padding + ids
 
 
-def _start_trackers(trainer: Any) -> None:
-    """Starts those of the trainer's trackers that have no run: outside of training their callbacks start one at a log.
+def _start_trackers(trainer: Trainer) -> None:
+    """Starts a run in each of the trainer's trackers that has none.
 
-    That log follows this table.
+    Outside of training, their callbacks would start it only at the next log, which comes after this table.
     """
     from transformers.integrations import CometCallback, TrackioCallback, WandbCallback
 
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CometCallback | TrackioCallback | WandbCallback) and not callback._initialized:
-            callback.setup(trainer.args, trainer.state, trainer.model)
+            callback.setup(trainer.args, trainer.state, trainer.model)  # type: ignore[no-untyped-call]  # transformers'
 
 
 def _track(rows: list[dict[str, str]], report_to: list[str]) -> bool:
-    """Hands the table to every active tracker; whether there was one."""
+    """Gives the table to every active tracker; returns whether there was one."""
     active = [tracker for name, tracker in _TRACKERS.items() if name in report_to and tracker(rows)]
     return bool(active)
 

@@ -1,6 +1,6 @@
-"""Arguments that tutorials still pass and TRL or transformers have since renamed or removed.
+"""Arguments that TRL or transformers have renamed or removed, and that tutorials still pass.
 
-Each is translated and named once in a `FutureWarning`; a value that can no longer be honoured is an error.
+Each one is translated, with a `FutureWarning`.  A value that has no equivalent any more is an error.
 """
 
 import inspect
@@ -18,7 +18,7 @@ RENAMED = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "no_cuda": "use_cpu",
 }
-"""Old name: the name that takes the same value today."""
+"""Old name: the name of today, which takes the same value."""
 
 _WITHOUT_EFFECT = {
     "overwrite_output_dir": "an existing output_dir is never emptied; pass resume_from_checkpoint to continue a run",
@@ -30,9 +30,9 @@ _WITHOUT_EFFECT = {
 
 
 def translate(given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """`given` keyword arguments with old names replaced by those among `known` fields.
+    """The `given` keyword arguments with old names replaced by `known` ones.
 
-    Raises `ConfigError` where an old and its new name are both given, or an old value cannot be honoured.
+    Raises `ConfigError` where an old and its new name are both given, or an old value has no equivalent.
     """
     arguments = dict(given)
     for old in [name for name in arguments if name not in known]:
@@ -44,7 +44,7 @@ def translate(given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
         elif old in _WITHOUT_EFFECT:
             _warn(f"{old}={value!r} has no effect any more: {_WITHOUT_EFFECT[old]}")
         else:
-            arguments[old] = value  # unknown: the constructor names it in its TypeError
+            arguments[old] = value  # unknown: the constructor raises a TypeError with its name
     return arguments
 
 
@@ -54,7 +54,7 @@ def is_legacy(name: str) -> bool:
 
 
 def todays_name(old: str) -> str:
-    """What to do in place of setting an old name."""
+    """What to do instead of setting an old name."""
     if old in _WITHOUT_EFFECT:
         return _WITHOUT_EFFECT[old]
     return f"it is {RENAMED[old]} now" if old in RENAMED else "pass it to ORPOConfig"
@@ -68,7 +68,7 @@ def _set(arguments: dict[str, Any], new: str, value: Any, old: str) -> None:
 
 
 def _warmup_ratio(arguments: dict[str, Any], value: float) -> None:
-    # transformers 5 reads a warmup_steps below 1 as the share that warmup_ratio was.
+    # transformers 5 reads a warmup_steps below 1 as a share of all steps, which warmup_ratio was.
     if value and "warmup_steps" not in arguments:
         _set(arguments, "warmup_steps", value, "warmup_ratio")
 
@@ -92,7 +92,7 @@ _SPECIAL: dict[str, Callable[[dict[str, Any], Any], None]] = {
 
 
 def _warn(message: str) -> None:
-    # Named at the line of the program that passed the argument, however deep in this package it is noticed.
+    # The warning shows the line of the program that passed the argument, not a line of this package.
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith("orpo_plugins."):
         level, frame = level + 1, frame.f_back

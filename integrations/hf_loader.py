@@ -1,7 +1,7 @@
-"""`PairBatches` in a transformers `Trainer`: what each row costs, and the loader that hands the batches out.
+"""`PairBatches` in a transformers `Trainer`: how many tokens each row costs, and the loader of the batches.
 
-Accelerate deals batches to ranks by their number and fills the last ones up to one size, which batches of several sizes
-have not.  So each rank makes its own share, and Accelerate prepares the loader as that of a single process.
+Accelerate deals batches out to ranks in turn and fills up the last ones, which needs batches of one size.  Ours differ
+in size, so each rank makes its own share, and Accelerate prepares the loader as for a single process.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import has_length, seed_worker
+from transformers import Trainer, TrainingArguments, trainer_utils
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import is_tokenized
@@ -25,10 +25,40 @@ from orpo_plugins.options import check_batch_options
 logger = logging.getLogger(__name__)
 
 _COUNTED_ROWS = 10_000
-"""Of more rows, the tokens of an epoch are estimated."""
+"""The tokens of an epoch are estimated from this many rows where there are more."""
 
 
-def check_batches(args: Any, dataset: Any) -> None:
+def has_length(dataset: Any) -> bool:
+    """Whether a dataset knows its number of rows, as a stream does not."""
+    return trainer_utils.has_length(dataset)
+
+
+def keep_batches_whole(trainer: Trainer) -> None:
+    """Keeps others from cutting a batch along its first dimension: the table of targets belongs to the whole batch.
+
+    Accelerate would cut batches of a stream that one rank reads for all, which is its default, on one rank too.
+    DataParallel would as well, which `Trainer` uses where one process sees several GPUs.
+
+    Raises `ConfigError` for `dispatch_batches=True`.
+    """
+    loading = trainer.accelerator.dataloader_config
+    if loading.dispatch_batches:
+        raise ConfigError(
+            "dispatch_batches=True cuts batches apart between ranks, and ORPO's batches must stay whole: leave it out"
+        )
+    loading.dispatch_batches = False
+    args = trainer.args
+    if args.n_gpu > 1:
+        logger.warning(
+            "torch.nn.DataParallel cannot split ORPO's batches: training on one of %d GPUs. Launch with "
+            "`accelerate launch` or `torchrun` to use them all",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+        trainer._train_batch_size = args.train_batch_size  # which was multiplied by the number of GPUs
+
+
+def check_batches(args: TrainingArguments, dataset: Any) -> None:
     """Raises `ConfigError` where the arguments ask for batches by tokens or by length that cannot be made."""
     limit = getattr(args, "max_tokens_per_batch", None)
     check_batch_options(limit, getattr(args, "step_strategy", "pairs"))
@@ -38,18 +68,22 @@ def check_batches(args: Any, dataset: Any) -> None:
         return
     if args.auto_find_batch_size:
         raise ConfigError(
-            f"auto_find_batch_size looks for the pairs that fit, and max_tokens_per_batch={limit} says the tokens that "
-            "do: leave one of them out"
+            f"auto_find_batch_size looks for the pairs that fit into memory, and max_tokens_per_batch={limit} sets "
+            "their number of tokens: leave one of them out"
         )
-    if args.accelerator_config.split_batches:
+    if _splits_batches(args):
         raise ConfigError(
-            "split_batches=True cuts each batch apart between ranks, with max_tokens_per_batch each rank has its own: "
-            "leave one of them out"
+            "split_batches=True cuts each batch apart between ranks, and with max_tokens_per_batch each rank makes "
+            "batches of its own: leave one of them out"
         )
 
 
-def _check_stream(args: Any, limit: int | None) -> None:
-    """Raises `ConfigError` for what needs the length of every row; transformers takes a stream's rows as they come."""
+def _splits_batches(args: TrainingArguments) -> bool:
+    return bool(getattr(args.accelerator_config, "split_batches", False))
+
+
+def _check_stream(args: TrainingArguments, limit: int | None) -> None:
+    """Raises `ConfigError` for an option that needs the length of every row, which a stream does not have."""
     for name, value, asked in (
         ("max_tokens_per_batch", limit, limit is not None),
         ("train_sampling_strategy", "group_by_length", args.train_sampling_strategy == "group_by_length"),
@@ -61,33 +95,33 @@ def _check_stream(args: Any, limit: int | None) -> None:
             )
 
 
-def pair_batches(trainer: Any) -> PairBatches | None:
-    """The batches that the arguments ask for; None where the Trainer's own sampler makes them.
+def pair_batches(trainer: Trainer) -> PairBatches | None:
+    """The batches that the arguments ask for; None where `Trainer` makes them with its own sampler.
 
-    That is without `max_tokens_per_batch` and length-grouping, and for rows whose length is not known.
+    `Trainer` does so without `max_tokens_per_batch` and `group_by_length`, and for rows of unknown length.
 
     Raises:
         ConfigError: a row, or the pairs of a step, do not fit into `max_tokens_per_batch`; a stream.
     """
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset: Any = trainer.train_dataset
     limit = getattr(args, "max_tokens_per_batch", None)
     grouped = args.train_sampling_strategy == "group_by_length"
     if not has_length(dataset):
         _check_stream(args, limit)
         return None
-    if limit is None and not (grouped and not args.accelerator_config.split_batches):
+    if limit is None and not (grouped and not _splits_batches(args)):
         return None
     if not is_tokenized(dataset):
         if limit is not None:
             raise ConfigError(
-                f"max_tokens_per_batch={limit} needs the length of every row, and the training set is not what the "
-                "trainer made of it any more: pass the rows as train_dataset"
+                f"max_tokens_per_batch={limit} needs the length of every row, and the training set is no longer the "
+                "one that the trainer tokenized: pass the rows as train_dataset"
             )
         return None
     lengths, padded = sizes(dataset, trainer.data_collator)
-    ranks = trainer.get_total_train_batch_size(args) // (
-        trainer._train_batch_size * args.gradient_accumulation_steps
-    )  # those that see different data, unlike those of tensor parallelism
+    # Only ranks that see different data: those of tensor parallelism do not.
+    ranks = trainer.get_total_train_batch_size(args) // (trainer._train_batch_size * args.gradient_accumulation_steps)
     batches = PairBatches(
         lengths,
         pairs_per_batch=trainer._train_batch_size,
@@ -108,11 +142,12 @@ def pair_batches(trainer: Any) -> PairBatches | None:
     return batches
 
 
-def loader(trainer: Any, batches: PairBatches) -> Any:
+def loader(trainer: Trainer, batches: PairBatches) -> Any:
     """The training loader over these batches, with the arguments' workers, prepared by Accelerate."""
     args, accelerator = trainer.args, trainer.accelerator
+    dataset: Any = trainer.train_dataset
     made = DataLoader(
-        trainer.train_dataset,
+        dataset,
         batch_sampler=batches,
         collate_fn=trainer.data_collator,
         num_workers=args.dataloader_num_workers,
@@ -121,15 +156,17 @@ def loader(trainer: Any, batches: PairBatches) -> Any:
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
-        worker_init_fn=functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        worker_init_fn=functools.partial(
+            trainer_utils.seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        ),
     )
-    prepared = prepare_data_loader(
+    prepared: Any = prepare_data_loader(
         made,
         accelerator.device,
         num_processes=1,
         process_index=0,
         put_on_device=accelerator.device_placement,
-        rng_types=list(accelerator.rng_types),
+        rng_types=list(accelerator.rng_types or ()),
         non_blocking=accelerator.non_blocking,
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
@@ -137,12 +174,13 @@ def loader(trainer: Any, batches: PairBatches) -> Any:
     return accelerator.prepare_data_loader(prepared)  # only registers it
 
 
-def _plan(batches: PairBatches, args: Any) -> None:
-    """Looks at as many epochs beforehand as the run will have; `ConfigError` where an epoch has no batch."""
+def _plan(batches: PairBatches, args: TrainingArguments) -> None:
+    """Plans as many epochs as the run will have.  Raises `ConfigError` where an epoch has no batch."""
     if not len(batches):
         raise ConfigError(
             f"dataloader_drop_last leaves no batch: the {len(batches.lengths)} pairs are fewer than one batch of "
-            f"{batches.batch_size} on each of {batches.ranks} ranks takes. Lower the batch size, or leave it out"
+            f"{batches.batch_size} on each of {batches.ranks} ranks needs. Lower the batch size, or leave "
+            "dataloader_drop_last out"
         )
     epochs = math.ceil(args.num_train_epochs)
     if args.max_steps > 0:
@@ -150,18 +188,18 @@ def _plan(batches: PairBatches, args: Any) -> None:
     batches.plan(max(1, epochs))
 
 
-def _log_plan(batches: PairBatches, trainer: Any) -> None:
+def _log_plan(batches: PairBatches, trainer: Trainer) -> None:
     if getattr(trainer.args, "nll_normalization", "batch") == "microbatch" and batches.accumulation * batches.ranks > 1:
         logger.warning(
-            "nll_normalization='microbatch' averages over batches, whose pairs max_tokens_per_batch=%d makes differ: "
-            "'batch' does not depend on the cut",
+            "nll_normalization='microbatch' averages over batches, and max_tokens_per_batch=%d gives these different "
+            "numbers of pairs: nll_normalization='batch' does not depend on how batches are cut",
             batches.max_tokens,
         )
     if not logger.isEnabledFor(logging.INFO):
         return
     tokens = [batches.cost(batch) for batch in batches]
     logger.info(
-        "batches of at most %d tokens: %d on each rank per epoch, of %d to %d tokens, %d in the mean",
+        "batches of at most %d tokens: %d on each rank per epoch, with %d to %d tokens, %d on average",
         batches.max_tokens,
         len(tokens),
         min(tokens),
@@ -198,9 +236,10 @@ class EpochTokens:
     """False where only some rows have been counted."""
 
 
-def epoch_tokens(trainer: Any) -> EpochTokens | None:
+def epoch_tokens(trainer: Trainer) -> EpochTokens | None:
     """Counted from the columns, of a large dataset from every nth row; None where the rows are not tokenized."""
-    rows, collator = trainer.train_dataset, trainer.data_collator
+    rows: Any = trainer.train_dataset
+    collator = trainer.data_collator
     if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
         return None  # a stream, or a dataset that may make its rows anew each time they are read
     if not is_tokenized(rows):
@@ -218,7 +257,7 @@ def epoch_tokens(trainer: Any) -> EpochTokens | None:
     return EpochTokens(computed=computed, sequences=sequences, padded=padded, exact=len(rows) == total)
 
 
-def _padded_tokens(widths: list[tuple[int, ...]], trainer: Any) -> int:
+def _padded_tokens(widths: list[tuple[int, ...]], trainer: Trainer) -> int:
     """Tokens of an epoch of padded batches of the trainer's number of pairs, on one rank that sees all of them."""
     args = trainer.args
     batches = PairBatches(

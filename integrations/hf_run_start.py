@@ -1,20 +1,19 @@
-"""What a run does before its first step: checks of its model, rows and layout, and what the layout saves in the log.
+"""What a run does before its first step: it checks model, rows and layout, and logs what the layout saves.
 
-A model that is whole is checked before the training loader is made, since batches by tokens are cut as the layout
-counts.  A model that FSDP or DeepSpeed cuts can only run once it is wrapped, which is after that, but before the
-loader starts its workers: the collator can still be given another layout.
+A model that is whole is checked before the training loader is made, because batches are cut by the tokens that they
+have in the layout.  A model that FSDP or DeepSpeed cuts apart can only run when it is wrapped, which is
+after the loader is made.  The collator can still get another layout then: the loader has not started its workers.
 """
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
-from transformers.trainer_utils import has_length
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import is_tokenized
@@ -24,7 +23,7 @@ from orpo_plugins.forward import check_vocabulary
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import Pair
-from orpo_plugins.integrations.hf_loader import epoch_tokens
+from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length
 from orpo_plugins.kernels.reference import unsupported
 from orpo_plugins.layouts.check import check_layout
 from orpo_plugins.models.checks import Examined, examine, too_few_positions
@@ -36,21 +35,17 @@ logger = logging.getLogger(__name__)
 
 _PAIRS = 2
 _ROWS = 64
-"""Among so many rows the check looks for pairs that can be used."""
+"""The check looks for pairs that can be used among this many rows."""
 
 
 class BeforeTraining(TrainerCallback):
-    """Checks what could not be checked earlier, when the model is wrapped and no batch has been made."""
+    """Calls a function after `Trainer` has wrapped the model and before it reads the first batch."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer between wrapping the model and the first batch."""
-        self.trainer.begin_run()
-        self.trainer.check_layout(self.trainer.model_wrapped, batches_are_planned=True)
-        self.trainer.log_token_cost()
-        log_example(self.trainer)
+        self.function()
 
 
 # ---- what is active
@@ -58,7 +53,7 @@ class BeforeTraining(TrainerCallback):
 
 def announce(
     model: nn.Module,
-    args: Any,
+    args: TrainingArguments,
     options: ORPOOptions,
     layout: Layout,
     *,
@@ -82,7 +77,7 @@ def announce(
     )
 
 
-def expected_kernel(name: str, model: nn.Module, args: Any) -> str:
+def expected_kernel(name: str, model: nn.Module, args: TrainingArguments) -> str:
     """The kernel that the first batch will take, found by what the head is now and by the precision of the run.
 
     Raises `ConfigError` for a kernel that cannot run here.
@@ -98,15 +93,23 @@ def expected_kernel(name: str, model: nn.Module, args: Any) -> str:
     return plugins.kernel(name, *stand_ins).name
 
 
-# ---- model and rows
+# ---- arguments, model and rows
 
 
-def without_checkpointing(model: nn.Module, args: Any) -> None:
-    """Turns gradient checkpointing off, and says so, for an adapter whose virtual tokens are in the cache."""
+def check_label_smoothing(args: TrainingArguments) -> None:
+    """Raises `ConfigError` for `label_smoothing_factor`, which ORPO's loss has no place for."""
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, and ORPO's loss smooths no labels: leave it out"
+        )
+
+
+def without_checkpointing(model: nn.Module, args: TrainingArguments) -> None:
+    """Turns gradient checkpointing off, and logs it, for an adapter that has its virtual tokens in the cache."""
     if not is_in_the_cache(adapter_of(model)) or not (args.gradient_checkpointing or checkpointed(model)):
         return
     logger.warning(
-        "gradient checkpointing is off: it would take away the cache, in which the adapter has its virtual tokens"
+        "gradient checkpointing is off: it runs layers without the cache, where the adapter has its virtual tokens"
     )
     for name in ("gradient_checkpointing", "activation_checkpointing"):  # the new name since transformers 5.24
         if hasattr(args, name):
@@ -114,22 +117,21 @@ def without_checkpointing(model: nn.Module, args: Any) -> None:
     stop_checkpointing(model)
 
 
-def check_rows(trainer: Any, model: nn.Module) -> None:
-    """Examines the model, and compares the longest tokenized row with the positions that it has; once per dataset.
+def check_rows(trainer: Trainer, model: nn.Module) -> bool:
+    """Examines the model, and compares the longest tokenized row with the number of positions that the model has.
 
-    Rows that are tokenized on the way, and batches of a collator of one's own, which may hold more than tokens, are
-    looked at one by one (see `check_model`).
+    Returns whether it did.  Rows that are tokenized batch by batch cannot be compared here, nor batches of a user's own
+    collator, which may hold more than tokens: `check_model` looks at each batch of these.
 
     Raises:
         BatchError: a token is outside the model's vocabulary.
-        ConfigError: a row is longer; names it, the limit and the option that cuts it.
+        ConfigError: a row is too long; names it, the limit and the option that cuts it.
         ModelError: the model is not causal.
     """
-    train = trainer.train_dataset
-    if type(trainer.data_collator) is not ORPOCollator or not _has_tokenized_rows(train):
-        return
-    if getattr(trainer, "_rows_checked", None) is train:
-        return
+    train: Any = trainer.train_dataset
+    collator = trainer.data_collator
+    if type(collator) is not ORPOCollator or not _has_tokenized_rows(train):
+        return False
     ids = torch.tensor([[*train[0]["chosen_input_ids"], *train[0]["rejected_input_ids"]]])
     check_vocabulary(model, ids)
     ids = ids.to(next(model.parameters()).device)
@@ -139,8 +141,8 @@ def check_rows(trainer: Any, model: nn.Module) -> None:
     others = evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated}
     for name, rows in {"training": train, **others}.items():
         if _has_tokenized_rows(rows):
-            _check_longest(rows, name, trainer.data_collator, model, examined)
-    trainer._rows_checked = train
+            _check_longest(rows, name, collator, model, examined)
+    return True
 
 
 def _has_tokenized_rows(rows: Any) -> bool:
@@ -178,14 +180,14 @@ def _longest(rows: Any, side: str, *, encoder_decoder: bool) -> tuple[int, int]:
 # ---- the layout
 
 
-def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool) -> None:
-    """Two pairs through the collator's layout and through *padded*, as training would compute them.
+def checked_layout(trainer: Trainer, model: nn.Module, *, kernel: str, batches_are_planned: bool) -> None:
+    """Compares two pairs in the collator's layout with the same pairs in *padded*, computed as in training.
 
-    All ranks decide alike.  Under `layout="auto"` a layout that differs is replaced by *padded*.
+    All ranks come to the same decision.  Under `layout="auto"` a layout that differs is replaced by *padded*.
 
     Raises:
-        ModelError: it differs and must not be replaced; holds the finding.
-        ConfigError: no row can be used to compare anything.
+        ModelError: the layout differs and must not be replaced; the message has the finding.
+        ConfigError: no row can be used for the comparison.
     """
     collator = trainer.data_collator
     reference = plugins.layout(plugins.REFERENCE_LAYOUT)
@@ -204,10 +206,10 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
     if on_any_rank(not pairs):
         raise ConfigError(
             f"none of the first {_ROWS} rows can be used, so layout={collator.layout.name!r} cannot be compared with "
-            "'padded' before training: take rows out that cannot be used (prepare_dataset does it and names them), use "
+            "'padded' before training: remove rows that cannot be used (prepare_dataset does it and names them), use "
             "layout='padded', or set layout_check=False"
         )
-    # The model's own forward has the autocast only once Accelerate has prepared it.
+    # The model's own forward enters the autocast only after Accelerate has prepared it.
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         report = check_layout(
             model,
@@ -215,13 +217,18 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
             collator.layout,
             pad_token_id=collator.pad_token_id,
             nll_over=collator.nll_over,
-            kernel=trainer.orpo_options.kernel,
+            kernel=kernel,
             on_any_rank=on_any_rank,
         )
     if not on_any_rank(not report.passed):
         logger.info("%s", report.message())
         return
     finding = report.message() if not report.passed else f"{report.message()}, but not with the rows of another rank"
+    _go_on_with_padded(trainer, collator, finding, batches_are_planned=batches_are_planned)
+
+
+def _go_on_with_padded(trainer: Trainer, collator: ORPOCollator, finding: str, *, batches_are_planned: bool) -> None:
+    """Replaces the collator's layout.  Raises `ModelError` where the user has chosen it, or batches depend on it."""
     if getattr(trainer.args, "layout", None) != "auto":
         raise ModelError(finding)
     limit = getattr(trainer.args, "max_tokens_per_batch", None)
@@ -231,11 +238,11 @@ def checked_layout(trainer: Any, model: nn.Module, *, batches_are_planned: bool)
             f"planned for {collator.layout.name!r} before FSDP or DeepSpeed cut the model: set layout='padded'"
         )
     logger.warning("%s. layout='auto' goes on with 'padded'", finding)
-    collator.layout = reference
+    collator.layout = plugins.layout(plugins.REFERENCE_LAYOUT)
 
 
 def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
-    """The first pairs that can be used, those with a rejected answer before those without, which share nothing."""
+    """The first pairs that can be used.  Pairs with a rejected answer come first: the others share no prompt."""
     paired: list[Pair] = []
     alone: list[Pair] = []
     rows: Iterator[Any]
@@ -246,7 +253,7 @@ def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
     for row in rows:
         try:
             (pair,) = collator.pairs([row])
-        except BatchError:  # left out in training too, where other rows of its batch stay
+        except BatchError:  # training leaves this row out too, and keeps the other rows of its batch
             continue
         (paired if pair.rejected.input_ids else alone).append(pair)
         if len(paired) == _PAIRS:
@@ -254,12 +261,13 @@ def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
     return [*paired, *alone][:_PAIRS]
 
 
-def log_example(trainer: Any) -> None:
+def log_example(trainer: Trainer) -> None:
     """Logs the first pair that can be used as text, on the main process, once per run.
 
-    A stream's first row may be there only once: its collator logs it with the first batch.
+    A stream may give its first row only once, so there the collator logs a pair of the first batch.
     """
-    collator, rows = trainer.data_collator, trainer.train_dataset
+    collator = trainer.data_collator
+    rows: Any = trainer.train_dataset
     if not isinstance(collator, ORPOCollator) or not collator.show_example:
         return
     is_stream = isinstance(rows, IterableDataset) or not has_length(rows)
@@ -273,7 +281,7 @@ def log_example(trainer: Any) -> None:
 # ---- tokens
 
 
-def epoch_cost(trainer: Any) -> str | None:
+def epoch_cost(trainer: Trainer) -> str | None:
     """What an epoch costs, in words; None where no length is known beforehand."""
     if not isinstance(trainer.data_collator, ORPOCollator) or (counts := epoch_tokens(trainer)) is None:
         return None
@@ -284,7 +292,7 @@ def epoch_cost(trainer: Any) -> str | None:
     return f"{text}, {counts.padded:,} as padded in batches of {trainer._train_batch_size} pairs"
 
 
-def batch_cost(trainer: Any, batch: dict[str, Any]) -> str | None:
+def batch_cost(trainer: Trainer, batch: dict[str, Any]) -> str | None:
     """What a batch costs, in words, for rows that are tokenized on the way; reads no tensor's values."""
     if not isinstance(trainer.data_collator, ORPOCollator) or trainer.data_collator.layout.encoder_decoder:
         return None

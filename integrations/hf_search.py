@@ -1,4 +1,7 @@
-"""What `Trainer.hyperparameter_search` leaves to luck: names that are no arguments, and a sum of all metrics."""
+"""Checks for `Trainer.hyperparameter_search`: the names in its space, and the loss that it compares trials by.
+
+`Trainer` only warns of a name that is not among the arguments, and by default compares the sum of all metrics.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,11 +12,8 @@ from orpo_plugins.integrations.hf_legacy_arguments import RENAMED
 from orpo_plugins.options import did_you_mean
 
 
-def checked_space(space: Callable[[Any], dict[str, Any]], args: Any) -> Callable[[Any], dict[str, Any]]:
-    """The space, of which every name is one of the arguments: a Trainer only warns of others, and trials are alike.
-
-    Raises `ConfigError` when a trial is drawn.
-    """
+def checked_space(space: Callable[[Any], dict[str, Any]], args: object) -> Callable[[Any], dict[str, Any]]:
+    """The space, which now raises `ConfigError` where a trial sets a name that is not among the arguments."""
 
     def checked(trial: Any) -> dict[str, Any]:
         values = space(trial)
@@ -27,7 +27,7 @@ def checked_space(space: Callable[[Any], dict[str, Any]], args: Any) -> Callable
     return checked
 
 
-def _hint(name: str, args: Any) -> str:
+def _hint(name: str, args: object) -> str:
     if name in LOSS_OPTIONS:
         return ": search with ORPOTrainer and ORPOConfig, which does"
     return f"; did you mean {RENAMED[name]!r}?" if name in RENAMED else did_you_mean(name, vars(args))
@@ -36,7 +36,7 @@ def _hint(name: str, args: Any) -> str:
 def evaluation_loss(metrics: Mapping[str, float], eval_dataset: Any) -> float:
     """The default objective: `eval_loss`, and for several sets the mean of their losses, `eval_<name>_loss`.
 
-    Raises `ConfigError` where the evaluation has none.
+    Raises `ConfigError` where the evaluation has no such loss.
     """
     names = [f"eval_{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else ["eval_loss"]
     if missing := [name for name in names if name not in metrics]:

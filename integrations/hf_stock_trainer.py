@@ -5,12 +5,16 @@ trainer = Trainer(
     compute_loss_func=ORPOLoss(beta=0.1),      # args need remove_unused_columns=False
 )
 fuse_head(trainer)                             # optional: no logits in memory, exact pair weights, metrics
+
+`ORPOLoss` computes the loss from the model's logits.  `fuse_head` changes the trainer's class instead, to one that runs
+the model with a fused head.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,21 +47,22 @@ class ORPOLoss:
         loss = sum(NLL of the chosen rows) / num_items_in_batch
              + (share of the step's NLL tokens) * mean over pairs of -beta * log sigmoid(odds_temperature * log_odds)
 
-    The Trainer hands a loss function the step's token count and nothing else, so with several micro-batches or ranks
-    per step the NLL is the exact token mean, while the odds-ratio terms of micro-batches are averaged with token
-    weights.  With one micro-batch per step both are exact; `fuse_head(trainer)` makes both exact always, and is needed
-    for batches in another layout than *padded*, for encoder-decoder models, and for adapters with virtual tokens.  A
-    loss function does not see the model: it finds one that is not causal by the first batch's gradient, where the
-    embeddings have one, and `fuse_head` finds it always.
+    Of a whole step, the Trainer gives a loss function the number of tokens and nothing else.  So with several
+    micro-batches or ranks per step, the NLL is the exact mean over tokens, but the odds-ratio terms of micro-batches
+    are averaged with token weights.  With one micro-batch per step both are exact.
+
+    `fuse_head(trainer)` makes both exact always.  It is needed for batches in another layout than *padded*, for
+    encoder-decoder models, and for adapters with virtual tokens.  It also finds every model that is not causal; a loss
+    function does not see the model, and finds one only by the gradient of the embeddings, where they have one.
 
     Args:
         beta: the paper's lambda, >= 0.
         odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
 
-    Both are attributes, too, which may be set between steps (`ConfigError` for a value out of range).
+    Both are attributes that may be set between steps (`ConfigError` for a value out of range).
     """
 
-    beta, odds_temperature = Option("options"), Option("options")
+    beta, odds_temperature = Option[float]("options"), Option[float]("options")
 
     def __init__(self, beta: float = 0.1, *, odds_temperature: float = 1.0) -> None:
         self.options = ORPOOptions(beta=beta, odds_temperature=odds_temperature)
@@ -65,7 +70,7 @@ class ORPOLoss:
         self._checked = self._causal = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises `ConfigError` for an option that is no option of a loss function."""
+        """Raises `ConfigError` for an option that a loss function does not have."""
         if name not in ("beta", "odds_temperature") and (name in _OPTIONS or is_legacy(name)):
             raise ConfigError(
                 f"{name}={value!r} would have no effect on an ORPOLoss, which has beta and odds_temperature: "
@@ -84,7 +89,7 @@ class ORPOLoss:
                 "switch it off, or call fuse_head(trainer)"
             )
         if logits.shape[0] == 1:
-            # One row holds several sequences, which attend to each other unless the layout's attention is in place.
+            # One row holds several sequences, which would attend to each other without the layout's attention.
             raise BatchError(
                 "the batch is packed into one row, whose attention needs more than a loss function: "
                 "call fuse_head(trainer), or use ORPOCollator(..., layout='padded')"
@@ -108,7 +113,7 @@ class ORPOLoss:
                 "a step has several micro-batches: their odds-ratio terms are weighted by tokens; "
                 "call orpo_plugins.fuse_head(trainer) for exact pair weights"
             )
-        # The Trainer counts tokens without weights, so the step's weighted count is estimated from this micro-batch.
+        # The Trainer counts tokens without weights.  The step's weighted count is estimated from this micro-batch.
         totals = Denominators.of(counts_of(targets) * (tokens / own_tokens))
         objective = Objective(
             nll_weights=nll_weights(targets, self.options, totals),
@@ -118,9 +123,9 @@ class ORPOLoss:
 
 
 def _check_model(outputs: Any, labels: Tensor) -> None:
-    """Raises `BatchError` where an encoder-decoder model ran without its decoder's inputs, or a decoder on its batch.
+    """Raises `BatchError` for an encoder-decoder model, and for a batch of one that a decoder-only model was given.
 
-    Some models (BART) make decoder inputs of their own from the prompt, and train on nonsense without a complaint.
+    Without an error, some models (BART) would make decoder inputs from the prompt, and train on nonsense.
     """
     if "encoder_last_hidden_state" in outputs:
         raise BatchError(
@@ -135,28 +140,28 @@ def _check_model(outputs: Any, labels: Tensor) -> None:
 
 
 def _check_positions(logits: Tensor, labels: Tensor) -> None:
-    """Raises `BatchError` where the model returned more or fewer positions than the batch has."""
+    """Raises `BatchError` where the model returned more or fewer positions than the rows of the batch have."""
     width = width_of(labels)
     if width is None:
         raise BatchError("the batch does not say how wide its rows are: make it with ORPOCollator")
     if logits.shape[1] != width:
         raise BatchError(
-            f"the model returned {logits.shape[1]} positions for rows of {width} tokens, as adapters with virtual "
-            "tokens make it do (prompt tuning, P-tuning, CPT): call fuse_head(trainer), which knows the adapter"
+            f"the model returned {logits.shape[1]} positions for rows of {width} tokens, as it does with an adapter "
+            "that has virtual tokens (prompt tuning, P-tuning, CPT): call fuse_head(trainer), which knows the adapter"
         )
 
 
 class FusedHead(ORPOMethods):
-    """`ORPOMethods` for a stock Trainer, with the options of its `ORPOLoss` and those of `fuse_head`."""
+    """`ORPOMethods` for a stock Trainer.  The options are those of its `ORPOLoss` and of `fuse_head`."""
 
     orpo_loss: ORPOLoss
     _fused: dict[str, Any]
 
     @property
     def orpo_options(self) -> ORPOOptions:
-        """What defines the loss: `ORPOLoss.options` as they are now, `kernel` and `nll_normalization` of the trainer.
+        """What defines the loss: `ORPOLoss.options` as they are now, and the trainer's own two options.
 
-        Raises `ConfigError` where the loss has been given one of the latter.
+        Raises `ConfigError` where `ORPOLoss.options` has another value for one of these two.
         """
         options = self.orpo_loss.options
         for name, value in self._fused.items():
@@ -175,17 +180,17 @@ class FusedHead(ORPOMethods):
 
     @property
     def compute_loss_func(self) -> None:
-        """As for `ORPOMethods`, but another `ORPOLoss` may be set."""
+        """None, as for `ORPOMethods`.  Another `ORPOLoss` may be set."""
         return None
 
     @compute_loss_func.setter
-    def compute_loss_func(self, function: Any) -> None:
+    def compute_loss_func(self, function: Callable[..., Any] | None) -> None:
         if not isinstance(function, ORPOLoss):
             raise ConfigError(f"compute_loss_func={function!r} would never be called: set an ORPOLoss")
         self.orpo_loss = function
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises `ConfigError` for an option that a stock trainer has not."""
+        """Raises `ConfigError` for an option that a stock trainer does not have."""
         if name in _OPTIONS and name not in LOSS_OPTIONS:
             raise ConfigError(
                 f"trainer.{name}={value!r} would have no effect: it is an option of ORPOCollator or fuse_head, "
@@ -194,41 +199,47 @@ class FusedHead(ORPOMethods):
         super().__setattr__(name, value)
 
     def follow_options(self) -> None:
-        """Raises `ConfigError` for options among the arguments, which a stock trainer's have not."""
+        """Raises `ConfigError` for an option of ours among the arguments, where a stock trainer would not read it."""
         for name in _OPTIONS & vars(self.args).keys():
             where = f"set trainer.{name}" if name in LOSS_OPTIONS else "pass it to ORPOCollator or fuse_head"
             raise ConfigError(f"args.{name}={getattr(self.args, name)!r} would have no effect under fuse_head: {where}")
         super().follow_options()
 
     def prepare_rows(self, rows: Any, name: str) -> Any:
-        """Prepared with the options of the collator."""
-        collator = self.data_collator
+        """Tokenizes rows with the tokenizer and the options of the collator."""
+        collator = cast(ORPOCollator, self.data_collator)
         return prepare_dataset(rows, collator.tokenizer, collator.options, name=name)[0]
 
 
 _NOT_CALLED = {
-    "compute_loss": "ORPO's loss and its figures take its place",
+    "compute_loss": "ORPO's loss and its metrics take its place",
     "prediction_step": "ORPO's loss and both log-probabilities take its place",
     "_get_num_items_in_batch": "ORPO counts tokens and pairs itself",
 }
-"""Methods of a Trainer that the fused head replaces without calling them."""
+"""Methods of a Trainer that `FusedHead` replaces without calling them."""
 
 
 def fuse_head(
     trainer: Trainer, *, kernel: str = "auto", nll_normalization: NLLNormalization = "batch", layout_check: bool = True
-) -> Trainer:
-    """Puts the fused head, exact step normalization and ORPO's metrics into a stock Trainer; returns it.
+) -> FusedHead:
+    """Replaces the class of a stock Trainer by a subclass that computes ORPO's loss with the fused head.
+
+    The trainer then also normalizes over whole optimizer steps and logs ORPO's metrics.  The model stays as it is: its
+    head is replaced only while a forward pass runs.
 
     Args:
-        trainer: built with `data_collator=ORPOCollator(...)` and `compute_loss_func=ORPOLoss(...)`, whose `beta` and
-            `odds_temperature` count from step to step.  Its class is replaced by a subclass of itself.
+        trainer: built with `data_collator=ORPOCollator(...)` and `compute_loss_func=ORPOLoss(...)`.  The loss's `beta`
+            and `odds_temperature` are read at each step.
         kernel: "auto", "chunked", "chunked_fp32", "triton", "reference" or a plugin's name; then `trainer.kernel`.
         nll_normalization: "batch", "microbatch" or "pair"; then `trainer.nll_normalization`.
         layout_check: whether the collator's layout is compared with *padded* on two pairs before training.
 
+    Returns:
+        The same object.
+
     Raises:
-        ConfigError: the trainer's loss or collator is another one, it has the fused head already, or it has methods of
-            its own that would never be called.
+        ConfigError: the trainer has another loss or collator, it has the fused head already, or it has methods of its
+            own that would never be called.
     """
     _check_fusable(trainer)
     loss, collator = trainer.compute_loss_func, trainer.data_collator
@@ -239,15 +250,16 @@ def fuse_head(
         )
     fused: dict[str, Any] = {"kernel": kernel, "nll_normalization": nll_normalization}
     options = replace(loss.options, **fused)  # raises for a value that is unknown
-    announce(trainer.model, trainer.args, options, collator.layout, nll_over=collator.nll_over)
+    announce(cast(torch.nn.Module, trainer.model), trainer.args, options, collator.layout, nll_over=collator.nll_over)
     trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (FusedHead, type(trainer)), {})
-    trainer.compute_loss_func, trainer._fused = loss, fused
-    trainer.set_up_orpo(layout_check=layout_check)
-    return trainer
+    changed = cast(FusedHead, trainer)
+    changed.orpo_loss, changed._fused = loss, fused
+    changed.set_up_orpo(layout_check=layout_check)
+    return changed
 
 
-def _check_fusable(trainer: Any) -> None:
-    """Raises `ConfigError` for a trainer of which something would be left out."""
+def _check_fusable(trainer: object) -> None:
+    """Raises `ConfigError` for a trainer that has something which `fuse_head` would ignore."""
     kind = type(trainer)
     if not isinstance(trainer, Trainer):
         raise ConfigError(f"{kind.__name__} is no transformers.Trainer: for a loop of one's own there is orpo_forward")
@@ -264,15 +276,15 @@ def _check_fusable(trainer: Any) -> None:
                 "transformers.Trainer without it, or derive from orpo_plugins.ORPOTrainer, whose methods may be "
                 "overridden"
             )
-    names = {name for base in FusedHead.__mro__[:-1] for name in vars(base) if not name.startswith("__")}
+    names = {name for base in (FusedHead, ORPOMethods) for name in vars(base) if not name.startswith("__")}
     for name in sorted(names & vars(trainer).keys() - {"compute_loss_func"}):
         raise ConfigError(
-            f"trainer.{name} is set on the trainer itself, where it would hide what fuse_head puts in: remove "
-            "it, set an option on ORPOLoss or in fuse_head(trainer, ...), and for a method derive from "
+            f"trainer.{name} is set on the trainer itself, where it would hide the one that fuse_head brings: remove "
+            "it. Set an option on ORPOLoss or in fuse_head(trainer, ...); for a method derive from "
             "orpo_plugins.ORPOTrainer"
         )
     if getattr(trainer.args, "predict_with_generate", False):
         raise ConfigError(
-            "predict_with_generate=True has no effect: an evaluation step makes both answers' log-probabilities. Leave "
-            "it out, and call trainer.model.generate after training"
+            "predict_with_generate=True has no effect: an evaluation step computes both answers' log-probabilities. "
+            "Leave it out, and call trainer.model.generate after training"
         )

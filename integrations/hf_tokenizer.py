@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder, and that of a processor."""
+"""How to load the tokenizer of a model's folder, and how to get that of a processor."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 _MISTRAL_FILES = ("tekken.json", "*.model.v*")
 
 
-def load(name: str, **options: Any) -> Any:
-    """`AutoTokenizer.from_pretrained`, and mistral-common's where its file is all that stands in the folder.
+def load(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, or mistral-common's tokenizer where the folder has only its file.
 
-    transformers (5.16 to 5.24) looks for that file beside a model's configuration and under one name only, so that it
-    does not find what it has saved beside an adapter, or as a SentencePiece file.
+    transformers (5.16 to 5.24) looks for that file only beside a model's configuration, and only under one name.  So it
+    does not find the file that it has saved beside an adapter, nor a SentencePiece file.
     """
     try:
         return AutoTokenizer.from_pretrained(name, **options)
@@ -21,11 +21,13 @@ def load(name: str, **options: Any) -> Any:
             raise
     from transformers.tokenization_mistral_common import MistralCommonBackend
 
-    return MistralCommonBackend.from_pretrained(name)
+    tokenizer: PreTrainedTokenizerBase = MistralCommonBackend.from_pretrained(name)
+    return tokenizer
 
 
-def of(processing_class: Any) -> Any:
-    """The tokenizer itself, or that of a processor; a tokenizer may have one of another package inside."""
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        return processing_class
-    return getattr(processing_class, "tokenizer", processing_class)
+def of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or that of a processor."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):  # whose own `tokenizer` may be another package's
+        processing_class = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer: PreTrainedTokenizerBase = processing_class
+    return tokenizer

@@ -8,18 +8,19 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    Trainer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
     enable_full_determinism,
     set_seed,
 )
-from transformers.trainer_utils import number_of_arguments
+from transformers.trainer_utils import EvalLoopOutput, number_of_arguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
@@ -27,7 +28,7 @@ from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.plugins import best_layout
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
-from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, RUN_OPTIONS, cannot_change
+from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS, cannot_change
 from orpo_plugins.integrations.hf_config import ORPOConfig
 from orpo_plugins.integrations.hf_generation import log_generations
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, todays_name
@@ -36,12 +37,12 @@ from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.integrations.hf_run_start import announce
 from orpo_plugins.models.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.models.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
-from orpo_plugins.options import ORPOFields, PairOptions
+from orpo_plugins.options import ORPOFields, ORPOOptions, PairOptions
 
 logger = logging.getLogger(__name__)
 
 
-class ORPOTrainer(ORPOMethods, Trainer):
+class ORPOTrainer(ORPOMethods):
     """Trains a causal LM, or an encoder-decoder model, on preference pairs with ORPO.
 
     Args:
@@ -54,13 +55,14 @@ class ORPOTrainer(ORPOMethods, Trainer):
         processing_class: the tokenizer (or a processor that has one); default: the model's. `tokenizer=` is accepted.
         model_init, callbacks, optimizers, preprocess_logits_for_metrics, compute_metrics: as in `Trainer`;
             predictions are [pairs, 2] mean log-probabilities of chosen and rejected answers.
-        peft_config: wraps the model with PEFT first.
+        peft_config: a PEFT configuration; the model is wrapped with it before training.
 
     Raises:
         ConfigError, RowError, ModelError: each names the option, row or module and the remedy.
     """
 
-    _tag_names = ("orpo",)
+    args: ORPOConfig  # Axolotl's own arguments have the same fields
+    _tag_names: tuple[str, ...] = ("orpo",)
 
     def __init__(
         self,
@@ -70,17 +72,17 @@ class ORPOTrainer(ORPOMethods, Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        model_init: Callable[[], nn.Module] | None = None,
-        callbacks: list[Any] | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         peft_config: Any = None,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = ORPOConfig(output_dir="orpo_output") if args is None else args
-        # Adapters are initialized at random before Trainer sets the seed.
+        # Adapters get random values here, before Trainer sets the seed.
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         model_init = _prepared_model_init(model_init, args, peft_config)
         if model is None and model_init is not None:
@@ -122,13 +124,27 @@ class ORPOTrainer(ORPOMethods, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.set_up_orpo(layout_check=args.layout_check)
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(list(self._tag_names))
+        add_model_tags = getattr(self.model, "add_model_tags", None)
+        if add_model_tags is not None:
+            add_model_tags(list(self._tag_names))
+
+    @property
+    def orpo_options(self) -> ORPOOptions:
+        """What defines the loss, from the arguments as they are now.
+
+        Raises `ConfigError` for a value out of range.
+        """
+        return self.args.options()
+
+    @orpo_options.setter
+    def orpo_options(self, options: ORPOOptions) -> None:
+        for name in LOSS_OPTIONS:
+            setattr(self.args, name, getattr(options, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """TRL's trainer has its options as attributes; here they go to `args`, where they are read.
+        """Sets an option in `args`, where it is read; TRL's trainer has its options as attributes.
 
-        Raises `ConfigError` for one that would have no effect any more.
+        Raises `ConfigError` for an option that would have no effect any more.
         """
         if name in FIXED_OPTIONS:
             raise cannot_change(name, value, getattr(vars(self).get("args"), name, None))
@@ -150,38 +166,39 @@ class ORPOTrainer(ORPOMethods, Trainer):
         return self._prepare(rows, name=name)
 
     def apply_options(self, new: dict[str, Any]) -> None:
-        """Also gives the collator another layout, or the NLL other tokens."""
+        """Also gives the collator the new layout, or the new choice of tokens in the NLL."""
         self.args.check()
         super().apply_options(new)
+        made = self.data_collator
         given = {"layout", "nll_over"} & new.keys()
-        if given and self._own_collator:
+        if given and (self._own_collator or not isinstance(made, ORPOCollator)):
             raise ConfigError(
                 f"{' and '.join(sorted(given))} changed in the arguments, but data_collator, which was given to the "
                 "trainer, decides: build a new trainer with another collator"
             )
-        if "nll_over" in new:
-            self.data_collator.nll_over = new["nll_over"]
-        if "show_example" in new and isinstance(self.data_collator, ORPOCollator):
-            self.data_collator.show_example = new["show_example"]
+        if not isinstance(made, ORPOCollator):
+            return
+        made.nll_over = new.get("nll_over", made.nll_over)
+        made.show_example = new.get("show_example", made.show_example)
         if "layout" in new:
-            self.data_collator.layout, _ = best_layout(new["layout"], self.model)
-            self.data_collator.layout.prepare(self.model)
+            made.layout, _ = best_layout(new["layout"], self.model)
+            made.layout.prepare(self.model)
             self._layout_is_checked = not self.args.layout_check
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's order of arguments
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`Trainer`'s, with TRL's argument names and the method among the tags."""
+        """`Trainer`'s, with TRL's names of arguments; "orpo" is added to the tags."""
         given = [tags] if isinstance(tags, str) else list(tags or [])
         if dataset_name is not None:
             kwargs["dataset"] = dataset_name
         super().create_model_card(model_name=model_name, tags=[*given, *self._tag_names], **kwargs)
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Also generates from one batch of prompts where `generate_during_eval` is set."""
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -191,7 +208,7 @@ class ORPOTrainer(ORPOMethods, Trainer):
 
 
 def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
-    """The model itself, or the one that a name stands for."""
+    """The model itself, or the model of that name or path."""
     if isinstance(model, nn.Module):
         if args.model_init_kwargs:
             raise ConfigError(
@@ -210,21 +227,22 @@ def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
 
 
 def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
-    """Dropout, adapters and the inputs' gradients, in the order in which none undoes the other."""
+    """Switches dropout off, adds the PEFT adapter, and makes the inputs require gradients, in this order."""
     output_head(model)
     if args.disable_dropout:
-        # Before PEFT wraps the model: an adapter's own dropout is what its user asked for.
+        # Before PEFT wraps the model: the user has chosen the adapter's own dropout.
         disable_dropout(model)
     if peft_config is not None:
         model = add_adapter(model, args, peft_config)
-    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-        # Reentrant checkpointing gives no gradient at all to adapters unless the inputs ask for one.
-        cast(Any, model).enable_input_require_grads()
+    enable_input_require_grads = getattr(model, "enable_input_require_grads", None)
+    if args.gradient_checkpointing and enable_input_require_grads is not None:
+        # Reentrant checkpointing gives adapters no gradient at all unless the inputs require one.
+        enable_input_require_grads()
     return model
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout of the base model to 0, adapters' own layers left alone."""
+    """Sets every dropout of the base model to 0; layers of adapters keep theirs."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
@@ -233,13 +251,13 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
-    """The model wrapped with PEFT, prepared for k-bit training where it is quantized."""
+    """Wraps the model with PEFT; a quantized model is prepared for k-bit training first."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
         raise missing_extra("peft", "peft") from error
     if not isinstance(peft_config, PeftConfig):
-        raise ConfigError(f"peft_config is {peft_config!r}: pass one of PEFT's own, LoraConfig(...) for one")
+        raise ConfigError(f"peft_config is {peft_config!r}: pass a configuration of PEFT, such as LoraConfig(...)")
     if isinstance(model, PeftModel):
         raise ConfigError(
             "peft_config is set but the model already carries an adapter: merge it first, or drop peft_config"
@@ -251,25 +269,25 @@ def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Modu
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
     if is_in_the_cache(peft_config) and checkpointed(model):
-        stop_checkpointing(model)  # which PEFT asks for
+        stop_checkpointing(model)  # PEFT refuses the model otherwise
     wrapped: nn.Module = get_peft_model(model, peft_config)
     return wrapped
 
 
 def _prepared_model_init(
     model_init: Callable[..., nn.Module] | None, args: ORPOConfig, peft_config: Any
-) -> Callable[..., nn.Module] | None:
+) -> Callable[..., Any] | None:
     if model_init is None:
         return None
 
-    @functools.wraps(model_init)  # Trainer looks at the signature to know whether to pass a trial
+    @functools.wraps(model_init)  # Trainer passes a trial where the signature has an argument
     def prepared_init(*trial: Any) -> nn.Module:
         return prepare_model(model_init(*trial), args, peft_config)
 
     return prepared_init
 
 
-def load_tokenizer(model: nn.Module, args: ORPOConfig) -> Any:
+def load_tokenizer(model: nn.Module, args: ORPOConfig) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the model."""
     name = getattr(config_of(model), "_name_or_path", None)
     if not name:
@@ -280,13 +298,13 @@ def load_tokenizer(model: nn.Module, args: ORPOConfig) -> Any:
 
 
 def pair_options(args: ORPOFields, *, encoder_decoder: bool = False) -> PairOptions:
-    """The part of the arguments that decides how rows become pairs."""
+    """The arguments that decide how rows become pairs."""
     names = (option.name for option in dataclasses.fields(PairOptions) if option.name != "encoder_decoder")
     return PairOptions(encoder_decoder=encoder_decoder, **{name: getattr(args, name) for name in names})
 
 
-def prepared(rows: Any, tokenizer: Any, options: PairOptions, args: Any, name: str) -> Any:
-    """The tokenized dataset; what was cut or dropped is in the log then, as a warning."""
+def prepared(rows: Any, tokenizer: PreTrainedTokenizerBase, options: PairOptions, args: ORPOConfig, name: str) -> Any:
+    """The tokenized dataset.  `prepare_dataset` logs a warning with the report where rows were cut or dropped."""
     dataset, report = prepare_dataset(rows, tokenizer, options, num_proc=args.dataset_num_proc, name=name)
     if report.all_whole():
         logger.info("%s", report.summary())

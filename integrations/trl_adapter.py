@@ -1,4 +1,4 @@
-"""Puts `ORPOTrainer` and `ORPOConfig` back into `trl`, for programs that import them from there.
+"""Adds `ORPOTrainer` and `ORPOConfig` to `trl` again, for programs that import them from there.
 
 import orpo_plugins.integrations.trl_adapter as adapter
 adapter.restore_in_trl()
@@ -13,8 +13,8 @@ NAMES = ("ORPOConfig", "ORPOTrainer", "setup_chat_format")
 def restore_in_trl() -> None:
     """Sets trl.ORPOConfig, trl.ORPOTrainer and trl.setup_chat_format to ours; nothing else in trl changes.
 
-    TRL dropped the first two from its top level in 0.29 and the third as well.  The classes that TRL keeps in
-    `trl.experimental.orpo` stay what they are.
+    TRL has removed all three from its top level, the first two in 0.29.  The classes in `trl.experimental.orpo` stay
+    TRL's own.
 
     Raises:
         MissingExtraError: trl is not installed.

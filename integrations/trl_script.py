@@ -6,7 +6,7 @@ It can be launched directly as well: `accelerate launch -m orpo_plugins.integrat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -30,7 +30,7 @@ class ORPOParser(TrlParser):
         remaining: list[str] = super().set_defaults_with_config(**translate(config, self._known))
         return remaining
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """argparse's, after old names are translated."""
         arguments = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(translate_flags(arguments, self._known), namespace)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if script.ignore_bias_buffers:
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False]
-        trainer.model._ddp_params_and_buffers_to_ignore = ignored
+        cast(Any, trainer.model)._ddp_params_and_buffers_to_ignore = ignored
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(args.output_dir)

@@ -255,7 +255,7 @@ def test_an_adapter_in_the_cache_trains_without_checkpointing(
         assert changed
         weights.append(changed)
     assert_all_within(weights[0], weights[1], 1e-6)
-    assert caplog.text.count("gradient checkpointing is off: it would take away the cache") == 1
+    assert caplog.text.count("gradient checkpointing is off: it runs layers without the cache") == 1
 
 
 def test_a_stock_trainer_turns_checkpointing_off_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

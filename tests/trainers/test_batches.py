@@ -245,7 +245,7 @@ def test_after_a_fall_back_to_padded_batches_are_counted_as_padded(
 
 def test_means_per_micro_batch_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, max_tokens_per_batch=LIMIT, nll_normalization="microbatch", gradient_accumulation_steps=2)
-    assert "averages over batches, whose pairs max_tokens_per_batch=1200 makes differ" in caplog.text
+    assert "averages over batches, and max_tokens_per_batch=1200 gives these different numbers" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import orpo_plugins
 from tests.kit import ROOT
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -33,6 +34,11 @@ def test_files_of_the_repository_that_are_named_exist(document: Path) -> None:
     named = re.findall(rf"`((?:{FOLDERS})/[\w./*-]*)`", document.read_text())
     missing = [path for path in named if not list(ROOT.glob(path.rstrip("/")))]
     assert not missing
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    assert not [name for name in dir(orpo_plugins) if f"\n::: orpo_plugins.{name}\n" not in pages]
 
 
 def test_the_readme_is_short() -> None:

@@ -238,7 +238,8 @@ class EpochTokens:
 
 def epoch_tokens(trainer: Trainer) -> EpochTokens | None:
     """Counted from the columns, of a large dataset from every nth row; None where the rows are not tokenized."""
-    rows, collator = trainer.train_dataset, trainer.data_collator
+    rows: Any = trainer.train_dataset
+    collator = trainer.data_collator
     if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
         return None  # a stream, or a dataset that may make its rows anew each time they are read
     if not is_tokenized(rows):

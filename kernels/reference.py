@@ -1,8 +1,10 @@
 """The obvious head: all logits at once, log-softmax in fp32, autograd for everything.
 
-What every other kernel is compared with, and the way out for a model whose logits are not simply
-`scale * (hidden @ weight.T + bias)`.
+Every other kernel is compared with it.  It also serves models whose logits are no simple function of
+`hidden @ weight.T + bias`, through `objective_of_logits`.
 """
+
+import sys
 
 import torch
 from torch import Tensor
@@ -12,11 +14,26 @@ from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.objective import PairLogps, at_least_fp32
 from orpo_plugins.targets import Targets
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @hookimpl
 def orpo_kernels() -> list[Kernel]:
     """Runs anywhere; never chosen by "auto"."""
-    return [Kernel(name="reference", compute=reference_head, priority=-100)]
+    return [Kernel(name="reference", compute=reference_head, unsupported=unsupported, priority=-100)]
+
+
+def unsupported(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why no built-in kernel can run on these tensors; None where all of them can that need no certain device."""
+    tensor_module = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before it is imported
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor_module is not None and isinstance(tensor, tensor_module.DTensor):
+            return f"{name} is a DTensor, sharded as {tensor.placements}, and each rank would see its own part alone"
+        if tensor.device.type == "meta":
+            return f"{name} is on the device meta, which holds no numbers"
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, which is not fp16, bf16, fp32 or fp64"
+    return None
 
 
 def reference_head(
@@ -27,7 +44,7 @@ def reference_head(
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
-    """See `KernelFunction`; the arithmetic in one place."""
+    """See `KernelFunction`.  Memory: several matrices [N, V], in the dtype of `hidden` and in fp32."""
     hidden = hidden.index_select(0, targets.positions)
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     return objective_of_logits(transform_logits(logits, options), targets, objective)
@@ -53,9 +70,10 @@ def objective_of_logits(logits: Tensor, targets: Targets, objective: Objective) 
 def combine(logps: Tensor, targets: Targets, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, NLL, mean log-probabilities [2B]) from per-target log-probabilities [N]; differentiable in `logps`."""
     lengths = targets.answer_lengths()
-    # Nothing over nothing, where a pair has no rejected answer, must not become NaN: it would get into the gradient.
+    # 0 / 1 and not 0 / 0 where a pair has no rejected answer: NaN would get into the gradient of all targets.
     means = targets.sum_by_sequence(logps * targets.in_answer) / lengths.clamp(min=1)
-    widest = logps.dtype if logps.device.type == "mps" else torch.float64  # which has no fp64
+    # In fp64 where there is one (MPS has none): the sum runs over all tokens of a batch.
+    widest = logps.dtype if logps.device.type == "mps" else torch.float64
     nll = -(objective.nll_weights * logps).sum(dtype=widest).to(logps.dtype)
     (chosen, rejected), (chosen_lengths, rejected_lengths) = means.view(2, -1), lengths.view(2, -1)
     pairs = PairLogps(

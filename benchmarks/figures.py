@@ -56,7 +56,7 @@ def step() -> None:
     for name, last in newest.items():
         for case in last["cases"]:
             head = f"{case['head']}{', checkpointing' if case['checkpointing'] else ''}"
-            seconds, mib = (f"{case[f'trl_{x}']:.5g} / {case[f'our_{x}']:.5g}" for x in ("seconds", "peak_mib"))
+            seconds, mib = (f"{case[f'trl_{x}']:.4g} / {case[f'our_{x}']:.4g}" for x in ("seconds", "peak_mib"))
             ratios = [f"**{case['ratio']:.2f}**", f"{case['token_ideal']:.2f}"]
             rows.append([last["versions"]["trl"], name, case["layout"], head, seconds, *ratios, mib])
     header = ["TRL", "rows", "layout", "head", "CPU s, TRL / ours", "ratio", "by tokens alone", "MiB, TRL / ours"]

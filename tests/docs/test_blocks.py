@@ -19,6 +19,8 @@ from tests.kit import ROOT, tiny
 from tests.kit.axolotl_runs import environment, write_config, write_rows
 from tests.kit.tutorial_programs import SIZES, conversations, dataset
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
 MODEL, DATASET = "Qwen/Qwen2.5-0.5B-Instruct", "trl-lib/ultrafeedback_binarized"

@@ -25,8 +25,9 @@ from orpo_plugins.hooks.types import Pair
 from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length, sizes
 from orpo_plugins.layouts.check import check_layout
 from orpo_plugins.layouts.one_row import SPANS
-from orpo_plugins.models.checks import Examined, examine, too_few_positions
+from orpo_plugins.models.checks import examine, too_few_positions
 from orpo_plugins.models.head import in_mode, is_encoder_decoder
+from orpo_plugins.models.state import Examined
 from orpo_plugins.models.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
 
 logger = logging.getLogger(__name__)

@@ -110,7 +110,7 @@ def orpo_forward(
     targets = targets_of(batch)
     given = (nll_tokens, num_pairs, num_examples)
     if totals is not None and given != (None, None, None):
-        raise ConfigError("totals holds nll_tokens, num_pairs and num_examples: pass totals alone, or these three")
+        raise ConfigError("totals holds nll_tokens, num_pairs and num_examples: pass it alone, or these three")
     own = own_denominators(targets) if totals is None else totals
     totals = Denominators(
         nll_tokens=own.nll_tokens if nll_tokens is None else nll_tokens,

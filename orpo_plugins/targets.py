@@ -93,7 +93,7 @@ class Targets:
                 "use ORPOCollator as the data collator"
             )
         positions, token_ids, sequence_ids, terms = table[:, :4].unbind(1)
-        # A table of two rows per pair may have been cut to the number of padded rows.  If not, it ends with the last pair.
+        # A table of two rows per pair may have been cut to the number of padded rows.  A whole one has the last pair's.
         if num_pairs == 0 or (len(table) == 2 * num_pairs and int(sequence_ids[-1]) % num_pairs != num_pairs - 1):
             raise BatchError(CUT)
         weights, margins = None, None

@@ -147,7 +147,7 @@ def pair_batches(trainer: Trainer) -> PairBatches | None:
     return batches
 
 
-def loader(trainer: Trainer, batches: PairBatches) -> Any:
+def loader(trainer: Trainer, batches: PairBatches) -> DataLoader[Any]:
     """The training loader over these batches, with the arguments' workers, prepared by Accelerate."""
     args, accelerator = trainer.args, trainer.accelerator
     dataset: Any = trainer.train_dataset
@@ -165,7 +165,7 @@ def loader(trainer: Trainer, batches: PairBatches) -> Any:
             trainer_utils.seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
         ),
     )
-    prepared: Any = prepare_data_loader(
+    prepared = prepare_data_loader(
         made,
         accelerator.device,
         num_processes=1,
@@ -176,7 +176,8 @@ def loader(trainer: Trainer, batches: PairBatches) -> Any:
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
     prepared._is_accelerate_prepared = True
-    return accelerator.prepare_data_loader(prepared)  # only registers it
+    registered: DataLoader[Any] = accelerator.prepare_data_loader(prepared)
+    return registered
 
 
 def _plan(batches: PairBatches, args: TrainingArguments) -> None:

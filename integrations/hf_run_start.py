@@ -104,7 +104,7 @@ def _has_tokenized_rows(rows: Any) -> bool:
     return indexed and len(rows) > 0 and is_tokenized(rows)
 
 
-def _check_longest(rows: Any, name: str, collator: Any, model: nn.Module, examined: Examined) -> None:
+def _check_longest(rows: Any, name: str, collator: ORPOCollator, model: nn.Module, examined: Examined) -> None:
     if is_encoder_decoder(model):
         widths = np.array(sizes(rows, collator, "seq2seq")[0])
         sides = {"encoder_tokens": widths[:, 0], "tokens": widths[:, 1]}

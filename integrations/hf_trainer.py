@@ -8,10 +8,10 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +21,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, number_of_arguments
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, number_of_arguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
@@ -37,6 +37,9 @@ from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.models.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.models.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
 from orpo_plugins.options import ORPOFields, ORPOOptions, PairOptions
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +76,10 @@ class ORPOTrainer(ORPOMethods):
         processing_class: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
-        peft_config: Any = None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: "PeftConfig | None" = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -223,7 +226,7 @@ def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
     return loaded
 
 
-def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: "PeftConfig | None") -> nn.Module:
     """Switches dropout off, adds the PEFT adapter, and makes the inputs require gradients, in this order."""
     output_head(model)
     if args.disable_dropout:
@@ -247,7 +250,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # a plain number in transformers' attention layers
 
 
-def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: "PeftConfig | None") -> nn.Module:
     """Wraps the model with PEFT; a quantized model is prepared for k-bit training first."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -272,7 +275,7 @@ def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Modu
 
 
 def _prepared_model_init(
-    model_init: Callable[..., nn.Module] | None, args: ORPOConfig, peft_config: Any
+    model_init: Callable[..., nn.Module] | None, args: ORPOConfig, peft_config: "PeftConfig | None"
 ) -> Callable[..., Any] | None:
     if model_init is None:
         return None

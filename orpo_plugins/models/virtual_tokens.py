@@ -8,7 +8,8 @@ each layer must be able to read its cache.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -18,7 +19,14 @@ from orpo_plugins.models.head import is_encoder_decoder, unwrap_model, wrappers
 _IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
 
-def adapter_of(model: nn.Module) -> Any:
+class VirtualTokenConfig(Protocol):
+    """The fields of PEFT's `PromptLearningConfig` that are read here."""
+
+    peft_type: Enum
+    num_virtual_tokens: int
+
+
+def adapter_of(model: nn.Module) -> VirtualTokenConfig | None:
     """PEFT's configuration of the active adapter, if that has virtual tokens; otherwise None."""
     for wrapper in wrappers(model):
         name, configs = getattr(wrapper, "active_adapter", None), getattr(wrapper, "peft_config", None)
@@ -28,7 +36,7 @@ def adapter_of(model: nn.Module) -> Any:
     return None
 
 
-def is_in_the_cache(config: Any) -> bool:
+def is_in_the_cache(config: object) -> bool:
     """Whether an adapter (its configuration, or None) has its virtual tokens in the layers' cache."""
     return getattr(config, "peft_type", None) in _IN_THE_CACHE
 
@@ -38,10 +46,10 @@ def virtual_tokens(model: nn.Module) -> tuple[int, int]:
     config = adapter_of(model)
     if config is None:
         return 0, 0
-    number = int(config.num_virtual_tokens)
+    number = config.num_virtual_tokens
     if is_in_the_cache(config) or not is_encoder_decoder(model):
         return 0, number
-    return number, number if config.peft_type == "MULTITASK_PROMPT_TUNING" else 0
+    return number, number if config.peft_type.value == "MULTITASK_PROMPT_TUNING" else 0
 
 
 def own_positions(values: Tensor, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -68,10 +76,10 @@ def own_positions(values: Tensor, model: nn.Module, inputs: Mapping[str, Any]) -
 def check_cache(model: nn.Module) -> None:
     """Raises `ModelError` for an adapter in the cache under gradient checkpointing, which runs layers without one."""
     config = adapter_of(model)
-    if not (is_in_the_cache(config) and model.training and checkpointed(model)):
+    if config is None or not (is_in_the_cache(config) and model.training and checkpointed(model)):
         return
     raise ModelError(
-        f"{str(config.peft_type.value).lower().replace('_', ' ')} puts its virtual tokens into the cache, and gradient "
+        f"{config.peft_type.value.lower().replace('_', ' ')} puts its virtual tokens into the cache, and gradient "
         "checkpointing runs layers without one: call model.gradient_checkpointing_disable(), or set "
         "gradient_checkpointing=False"
     )

@@ -29,11 +29,11 @@ test-axolotl: .venv/.test
 
 test-latest: .venv-latest/.test
 	$(ONE_THREAD) .venv-latest/bin/python -m pytest
-	$(ONE_THREAD) PYTHONPATH=$(DEEPSPEED) .venv-latest/bin/python -m pytest tests/test_invariance_deepspeed.py
+	$(ONE_THREAD) PYTHONPATH=$(DEEPSPEED) .venv-latest/bin/python -m pytest tests/distributed/test_deepspeed.py
 
 gpu: .venv-latest/.test
 	.venv-latest/bin/pip install --quiet -e '.[trl,peft,plot]' cut-cross-entropy
-	.venv-latest/bin/python -m pytest tests/test_kernel_triton.py tests/test_layout_attention.py
+	.venv-latest/bin/python -m pytest tests/kernels/test_triton.py tests/layouts/test_attention.py
 	.venv-latest/bin/python benchmarks/head.py
 	.venv-latest/bin/python benchmarks/head.py --accuracy --name head_gpu_accuracy
 	.venv-latest/bin/python benchmarks/head_growth.py --name head_gpu_growth

@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 from orpo_plugins.forward import orpo_forward
-from orpo_plugins.hooks import plugins
-from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
+from orpo_plugins.hooks import Layout, Pair, TokenSequence, plugins
 from orpo_plugins.layouts import support as layout_support
-from orpo_plugins.layouts.one_row import SPANS, Spans
+from orpo_plugins.layouts.shared import Shared
+from orpo_plugins.layouts.spans import SPANS, Spans
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -333,7 +333,7 @@ def differences(model: nn.Module) -> tuple[float, float, float]:
         for key, gradient in expected.items():
             difference = float((found[key] - gradient).norm())
             worst_gradient = max(worst_gradient, difference / scales[key.rpartition(".")[0]])
-    return worst_loss, worst_gradient, abs(loss_and_gradients(model, control_layout())[0] - expected_loss)
+    return worst_loss, worst_gradient, abs(loss_and_gradients(model, Control())[0] - expected_loss)
 
 
 def module_norms(gradients: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -360,16 +360,15 @@ def loss_and_gradients(model: nn.Module, layout: Layout) -> tuple[float, dict[st
     return output.loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def control_layout() -> Layout:
+class Control(Shared):
     """*shared* with the context taken away, which must not go unnoticed."""
-    shared = plugins.layout("shared")
 
-    def collate(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        batch = shared.collate(*args, **kwargs)
+    name = "control"
+
+    def collate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        batch = super().collate(*args, **kwargs)
         spans = tuple(span._replace(context_length=0) for span in batch[SPANS].spans)
         return {**batch, SPANS: Spans(spans=spans)}
-
-    return replace(shared, name="control", collate=collate)
 
 
 def kind_of(model: nn.Module) -> str:

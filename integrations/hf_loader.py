@@ -10,16 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from accelerate.data_loader import prepare_data_loader
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, trainer_utils
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import is_tokenized
-from orpo_plugins.data.tokenized_rows import COLUMNS
+from orpo_plugins.data.lengths import pair_lengths, token_costs
 from orpo_plugins.errors import ConfigError
+from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts.batches import PairBatches
 from orpo_plugins.options import check_batch_options
 
@@ -27,10 +26,6 @@ logger = logging.getLogger(__name__)
 
 _COUNTED_ROWS = 10_000
 """The tokens of an epoch are estimated from this many rows where there are more."""
-_ROWS_AT_ONCE = 1000
-"""The tokens of this many rows are in memory together."""
-
-Widths = list[int] | list[tuple[int, ...]]
 
 
 def has_length(dataset: Any) -> bool:
@@ -217,31 +212,15 @@ def _log_plan(batches: PairBatches, trainer: Trainer) -> None:
 # ---- what a row costs
 
 
-def sizes(dataset: Any, collator: Any, layout: str | None = None) -> tuple[Widths, bool]:
-    """(`PairBatches.lengths`, `PairBatches.padded`) of a tokenized dataset under the collator's layout, or another.
+def sizes(dataset: Any, collator: object) -> tuple[list[tuple[int, ...]], bool]:
+    """(`PairBatches.lengths`, `PairBatches.padded`) of a tokenized dataset under the collator's layout.
 
-    A layout that is none of ours is taken for *padded*, which needs the most.
+    Another collator than `ORPOCollator` is taken for one of *padded*, which needs the most tokens.
     """
-    ours = isinstance(collator, ORPOCollator)
-    layout = layout or (collator.layout.name if ours else "padded")
-    multiple = (ours and collator.pad_to_multiple_of) or 1
-    padded = layout not in ("packed", "shared")
-    widths: list[Any] = []
-    for start in range(0, len(dataset), _ROWS_AT_ONCE):
-        chosen, chosen_labels, rejected, rejected_labels = _columns(dataset, start)
-        if not padded:
-            shared = _common_prefixes(chosen, rejected) if layout == "shared" else 0
-            widths += (_lengths(chosen) + _lengths(rejected) - shared).tolist()
-        elif layout == "seq2seq":
-            prompts = np.maximum(_prompts(chosen_labels), _prompts(rejected_labels))
-            answers = np.maximum(
-                _lengths(chosen) - _prompts(chosen_labels), _lengths(rejected) - _prompts(rejected_labels)
-            )
-            widths += zip(prompts.tolist(), answers.tolist(), strict=True)
-        else:
-            longest = np.maximum(_lengths(chosen), _lengths(rejected))
-            widths += (-(-longest // multiple) * multiple).tolist()
-    return widths, padded
+    if not isinstance(collator, ORPOCollator):
+        return token_costs(dataset, plugins.layout(plugins.REFERENCE_LAYOUT)), True
+    costs = token_costs(dataset, collator.layout, multiple_of=collator.pad_to_multiple_of or 1)
+    return costs, collator.layout.pads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,17 +229,20 @@ class EpochTokens:
 
     computed: int
     """Tokens that the model computes in the collator's layout."""
-    distinct: int
-    """Tokens of the same that are no padding."""
+    sequences: int
+    """Tokens of all sequences without padding; each prompt counts twice, once in each of its two sequences."""
     padded: int
-    """Tokens as *padded* in batches of the trainer's number of pairs, sampled as its are."""
+    """Tokens in the layout *padded*, in batches of the trainer's number of pairs and in its order."""
     exact: bool
     """False where only some rows have been counted."""
 
 
-def epoch_tokens(trainer: Any) -> EpochTokens | None:
-    """Counted from the columns, of a large dataset from every nth row; None where the rows are not tokenized."""
-    args, rows, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+def epoch_tokens(trainer: Trainer) -> EpochTokens | None:
+    """What an epoch costs, from the lengths of all rows, or of every nth row of a large dataset.
+
+    None where the rows are not tokenized, and for a stream.
+    """
+    rows: Any = trainer.train_dataset
     if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
         return None  # a stream, or a dataset that may make its rows anew each time they are read
     if not is_tokenized(rows):
@@ -269,8 +251,20 @@ def epoch_tokens(trainer: Any) -> EpochTokens | None:
     if total > _COUNTED_ROWS:
         picked = range(0, total, -(-total // _COUNTED_ROWS))
         rows = rows.select(picked) if hasattr(rows, "select") else [rows[index] for index in picked]
-    in_batches = PairBatches(
-        sizes(rows, collator, "padded")[0],
+    costs, pads = sizes(rows, trainer.data_collator)
+    as_padded = token_costs(rows, plugins.layout(plugins.REFERENCE_LAYOUT))
+    sequences = sum(int((lengths.chosen + lengths.rejected).sum()) for lengths in pair_lengths(rows))
+    computed = _padded_tokens(costs, trainer) if pads else sum(map(sum, costs))
+    counts = (computed, sequences, _padded_tokens(as_padded, trainer))
+    computed, sequences, padded = (count * total // len(rows) for count in counts)
+    return EpochTokens(computed=computed, sequences=sequences, padded=padded, exact=len(rows) == total)
+
+
+def _padded_tokens(widths: list[tuple[int, ...]], trainer: Trainer) -> int:
+    """Tokens of an epoch of padded batches of the trainer's number of pairs, on one rank that sees all of them."""
+    args = trainer.args
+    batches = PairBatches(
+        widths,
         padded=True,
         pairs_per_batch=trainer._train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -278,70 +272,4 @@ def epoch_tokens(trainer: Any) -> EpochTokens | None:
         shuffle=args.train_sampling_strategy != "sequential",
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    padded = sum(map(in_batches.cost, in_batches))
-    layout = collator.layout.name
-    widths, _ = sizes(rows, collator, "packed" if layout == "padded" else layout)
-    distinct = int(np.sum(widths))
-    counts = (padded if layout == "padded" else distinct, distinct, padded)
-    computed, distinct, padded = (count * total // len(rows) for count in counts)
-    return EpochTokens(computed=computed, distinct=distinct, padded=padded, exact=len(rows) == total)
-
-
-class _Ragged:
-    """Lists of integers, one per row, as one array of values and the indices where rows begin and end."""
-
-    def __init__(self, values: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
-        self.values, self.starts, self.ends = values, offsets[:-1], offsets[1:]
-
-
-def _columns(dataset: Any, start: int) -> list[_Ragged]:
-    """The `COLUMNS` of the next rows from `start` on."""
-    stop = min(start + _ROWS_AT_ONCE, len(dataset))
-    if hasattr(dataset, "with_format"):  # datasets.Dataset: no row becomes Python objects
-        table = dataset.select_columns(list(COLUMNS)).with_format("arrow")[start:stop]
-        return [_of_arrow(table[column].combine_chunks()) for column in COLUMNS]
-    rows = [dataset[index] for index in range(start, stop)]
-    return [_of_lists([row[column] for row in rows]) for column in COLUMNS]
-
-
-def _of_arrow(array: Any) -> _Ragged:
-    return _Ragged(array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64))
-
-
-def _of_lists(lists: list[list[int]]) -> _Ragged:
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    return _Ragged(np.concatenate([np.asarray(part, dtype=np.int64) for part in lists]), offsets)
-
-
-def _lengths(column: _Ragged) -> NDArray[np.int64]:
-    return column.ends - column.starts
-
-
-def _common_prefixes(first: _Ragged, second: _Ragged) -> NDArray[np.int64]:
-    """How many tokens the two sequences of each row have in common at their beginning."""
-    shorter = np.minimum(_lengths(first), _lengths(second))
-    rows, places = _places(shorter)
-    differ = first.values[first.starts[rows] + places] != second.values[second.starts[rows] + places]
-    return _first_place(differ, rows, places, shorter)
-
-
-def _prompts(labels: _Ragged) -> NDArray[np.int64]:
-    """Tokens before the first that has a label."""
-    rows, places = _places(_lengths(labels))
-    return _first_place(labels.values[labels.starts[rows] + places] >= 0, rows, places, _lengths(labels))
-
-
-def _places(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For every element of rows of these lengths: its row, and its index in the row."""
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def _first_place(
-    marked: NDArray[np.bool_], rows: NDArray[np.int64], places: NDArray[np.int64], default: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """The first marked index of each row, or its default."""
-    found = default.copy()
-    # Backwards: of several assignments to one row the last one stays.
-    found[rows[marked][::-1]] = places[marked][::-1]
-    return found
+    return sum(map(batches.cost, batches))

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -18,13 +17,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import is_tokenized
+from orpo_plugins.data.lengths import pair_lengths
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.forward import check_vocabulary
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair
-from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length, sizes
+from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length
 from orpo_plugins.layouts.check import check_layout
-from orpo_plugins.layouts.one_row import SPANS
 from orpo_plugins.models.checks import examine, too_few_positions
 from orpo_plugins.models.head import in_mode, is_encoder_decoder
 from orpo_plugins.models.state import Examined
@@ -105,18 +104,30 @@ def _has_tokenized_rows(rows: Any) -> bool:
 
 
 def _check_longest(rows: Any, name: str, collator: ORPOCollator, model: nn.Module, examined: Examined) -> None:
-    if is_encoder_decoder(model):
-        widths = np.array(sizes(rows, collator, "seq2seq")[0])
-        sides = {"encoder_tokens": widths[:, 0], "tokens": widths[:, 1]}
-    else:
-        sides = {"tokens": np.array(sizes(rows, collator, "padded")[0])} if examined.tokens is not None else {}
-    for side, tokens in sides.items():
-        limit, longest = getattr(examined, side), int(tokens.argmax())
-        if limit is not None and tokens[longest] > limit:
+    for side in ("encoder_tokens", "tokens"):
+        limit = getattr(examined, side)
+        if limit is None:
+            continue
+        longest, tokens = _longest(rows, side, encoder_decoder=is_encoder_decoder(model))
+        tokens += -tokens % (collator.pad_to_multiple_of or 1)
+        if tokens > limit:
             raise ConfigError(
-                f"row {longest} of the tokenized {name} set has {tokens[longest]} tokens, "
+                f"row {longest} of the tokenized {name} set has {tokens} tokens, "
                 f"{too_few_positions(model, side, limit)}"
             )
+
+
+def _longest(rows: Any, side: str, *, encoder_decoder: bool) -> tuple[int, int]:
+    """(row, tokens) of the longest sequence; of an encoder-decoder model, of the longest prompt or answer."""
+    longest = []
+    for pairs in pair_lengths(rows):
+        sequences = torch.stack([pairs.chosen, pairs.rejected])
+        if encoder_decoder:
+            prompts = torch.stack([pairs.chosen_prompt, pairs.rejected_prompt])
+            sequences = prompts if side == "encoder_tokens" else sequences - prompts
+        longest.append(sequences.amax(0))
+    row = int(torch.cat(longest).argmax())
+    return row, int(torch.cat(longest)[row])
 
 
 # ---- the layout
@@ -132,9 +143,10 @@ def checked_layout(trainer: Trainer, model: nn.Module, *, kernel: str, batches_a
         ConfigError: no row can be used for the comparison.
     """
     collator = trainer.data_collator
-    if not isinstance(collator, ORPOCollator) or collator.layout.name == "padded":
+    reference = plugins.layout(plugins.REFERENCE_LAYOUT)
+    if not isinstance(collator, ORPOCollator) or collator.layout.name == reference.name:
         return
-    if collator.layout.encoder_decoder or plugins.layout("padded").unsupported(model):
+    if collator.layout.encoder_decoder or reference.unsupported(model):
         return  # nothing to compare with
 
     def on_any_rank(value: bool) -> bool:
@@ -179,7 +191,7 @@ def _go_on_with_padded(trainer: Trainer, collator: ORPOCollator, finding: str, *
             f"planned for {collator.layout.name!r} before FSDP or DeepSpeed cut the model: set layout='padded'"
         )
     logger.warning("%s. layout='auto' goes on with 'padded'", finding)
-    collator.layout = plugins.layout("padded")
+    collator.layout = plugins.layout(plugins.REFERENCE_LAYOUT)
 
 
 def _first_pairs(dataset: Any, collator: ORPOCollator) -> list[Pair]:
@@ -221,34 +233,23 @@ def log_example(trainer: Trainer) -> None:
 
 # ---- tokens
 
-_COUNTED = ("padded", "packed", "shared")
 
-
-def epoch_cost(trainer: Any) -> str | None:
-    """What an epoch costs, in words; None where no length is known beforehand."""
-    layout = _layout_name(trainer)
-    counts = epoch_tokens(trainer) if layout in _COUNTED else None
-    if counts is None:
+def epoch_cost(trainer: Trainer) -> str | None:
+    """The number of tokens of an epoch, in words; None where the lengths of the rows are not known beforehand."""
+    if not isinstance(trainer.data_collator, ORPOCollator) or (counts := epoch_tokens(trainer)) is None:
         return None
-    text = f"layout={layout}: {'' if counts.exact else 'about '}{counts.computed:,} tokens per epoch"
-    if layout == "padded":
-        return f"{text}, {counts.computed - counts.distinct:,} of them padding"
+    layout = trainer.data_collator.layout
+    text = f"layout={layout.name}: {'' if counts.exact else 'about '}{counts.computed:,} tokens per epoch"
+    if layout.pads:
+        return f"{text}, {counts.computed - counts.sequences:,} of them padding"
     return f"{text}, {counts.padded:,} as padded in batches of {trainer._train_batch_size} pairs"
 
 
-def batch_cost(trainer: Any, batch: dict[str, Any]) -> str | None:
-    """What a batch costs, in words, for rows that are tokenized on the way; reads no tensor's values."""
-    layout, ids, spans = _layout_name(trainer), batch.get("input_ids"), batch.get(SPANS)
-    if layout not in _COUNTED or ids is None:
+def batch_cost(trainer: Trainer, batch: dict[str, Any]) -> str | None:
+    """The number of tokens of a batch, in words, for rows that are tokenized batch by batch; waits for no device."""
+    if not isinstance(trainer.data_collator, ORPOCollator) or trainer.data_collator.layout.encoder_decoder:
         return None
-    pairs = batch["shift_labels"].shape[0] // 2
-    text = f"layout={layout}: {ids.numel():,} tokens in the first batch, of {pairs} pairs"
-    if spans is None:
-        return text
-    longest = max(span.context_length + span.length for span in spans.spans)
-    return f"{text}, {2 * pairs * longest:,} as padded"
-
-
-def _layout_name(trainer: Any) -> str | None:
-    collator = trainer.data_collator
-    return collator.layout.name if isinstance(collator, ORPOCollator) else None
+    layout, pairs = trainer.data_collator.layout, batch["shift_labels"].shape[0] // 2
+    text = f"layout={layout.name}: {batch['input_ids'].numel():,} tokens in the first batch, of {pairs} pairs"
+    longest = None if layout.pads else layout.longest_sequence(batch)
+    return text if longest is None else f"{text}, {2 * pairs * longest:,} as padded"

@@ -6,7 +6,6 @@ out.loss.backward()
 
 import functools
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from orpo_plugins.denominators import Denominators, counts_of, own_denominators
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.hooks import plugins
-from orpo_plugins.hooks.types import HeadOptions, HeadResult, Layout, Objective
+from orpo_plugins.hooks.layout import Layout
+from orpo_plugins.hooks.types import HeadOptions, HeadResult, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.models.checks import check_gradient, check_model
 from orpo_plugins.models.head import (
@@ -135,20 +135,20 @@ def forward_with_options(
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
     check_vocabulary(model, inputs["input_ids"], targets.token_ids)
     layout = layout_of(inputs)
-    inputs = inputs if layout is None else layout.model_inputs(model, inputs)
+    inputs = layout.model_inputs(model, inputs)
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
         raise BatchError(
             f"{type(unwrap_model(model)).__name__} is an encoder-decoder model, but the batch has no inputs for its "
             "decoder: make it with ORPOCollator(..., layout='seq2seq')"
         )
-    if layout is not None:
+    if layout.batch_key is not None:
         check_support(model, layout)
     # Outside of the layout's context: these checks run the model on a few tokens, without the layout's inputs.
-    check_model(model, inputs)
+    check_model(model, inputs, layout.longest_sequence(inputs))
     run = run_reference if options.kernel == "reference" else run_fused
     if run is run_fused:
         head_options(model, inputs["input_ids"], row_numbers(inputs))
-    with nullcontext() if layout is None else layout.forward_context(model):
+    with layout.forward_context(model):
         result, outputs, logit_means = run(model, inputs, targets, objective, options)
     if model.training and torch.is_grad_enabled():
         check_gradient(result.loss, model)
@@ -171,11 +171,10 @@ def check_vocabulary(model: nn.Module, *tokens: Tensor) -> None:
         )
 
 
-def layout_of(inputs: Mapping[str, Any]) -> Layout | None:
-    """The layout whose keyword is in a batch; None for a batch that any forward pass can take."""
-    return next(
-        (layout for layout in plugins.layouts() if layout.keyword is not None and layout.keyword in inputs), None
-    )
+def layout_of(inputs: Mapping[str, Any]) -> Layout:
+    """The layout whose `batch_key` is in a batch; the reference layout where no key is."""
+    marked = (layout for layout in plugins.layouts() if layout.batch_key in inputs)
+    return next(marked, None) or plugins.layout(plugins.REFERENCE_LAYOUT)
 
 
 def check_support(model: nn.Module, layout: Layout) -> None:

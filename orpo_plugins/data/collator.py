@@ -18,7 +18,9 @@ from orpo_plugins.data.pairs import BuiltPair
 from orpo_plugins.data.tokenized_rows import RowTokenizer
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.layouts.padded import widened
 from orpo_plugins.options import NLLOver, PairOptions, TrainOn, TruncationMode, check_option
 from orpo_plugins.targets import with_weights, with_width
 
@@ -38,8 +40,8 @@ class ORPOCollator:
     Args:
         tokenizer: see `PairBuilder`; it needs an EOS token, and a pad token unless EOS may pad.
         max_length, max_prompt_length, max_completion_length, truncation_mode: see `PairOptions`.
-        layout: "padded", "packed", "shared", "seq2seq" (encoder-decoder models) or a plugin's; "auto" is "padded",
-            which every decoder can run.
+        layout: "padded" (every decoder can run it), "packed", "shared", "seq2seq" (encoder-decoder models) or a
+            plugin's; "auto" takes the one of highest priority that `model` can run.
         nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
         padding_value: token id to pad with; default: the tokenizer's pad token.
         pad_to_multiple_of: rounds the width of *padded* batches up.
@@ -47,13 +49,15 @@ class ORPOCollator:
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
         show_example: whether the first pair of the first batch is logged as text.
         template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
+        model: the model that will be trained, for `layout="auto"` and to refuse a layout that it cannot run.
 
     Returns (when called on a list of rows):
         What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
         `labels` [N, 4] (see `targets.py`; [N, 5] with weights or margins) and `shift_labels` [2B, L], all int64.
 
     Raises:
-        ConfigError: an unknown option, or a tokenizer without EOS, or without a chat template for conversations.
+        ConfigError: an unknown option, `layout="auto"` without a model, a layout that `model` cannot run, or a
+            tokenizer without EOS, or without a chat template for conversations.
         RowError: a malformed row, by its number in the batch.
         BatchError: no row of a batch can be used.
     """
@@ -74,8 +78,11 @@ class ORPOCollator:
         train_on: TrainOn = "all_assistant",
         show_example: bool = True,
         template_strings: bool = False,
+        model: torch.nn.Module | None = None,
     ) -> None:
-        self.layout = plugins.layout("padded" if layout == "auto" else layout)
+        self.layout = _layout(layout) if model is None else plugins.best_layout(layout, model)[0]
+        if model is not None:
+            self.layout.prepare(model)
         self.options = PairOptions(
             max_length=max_length,
             max_prompt_length=max_prompt_length,
@@ -108,7 +115,8 @@ class ORPOCollator:
         weights, margins = [pair.weight for pair in pairs], [pair.margin for pair in pairs]
         if any(weight != 1 for weight in weights) or any(margins):
             batch["labels"] = with_weights(batch["labels"], weights, margins)
-        batch = self._widened(batch) if self.pad_to_multiple_of else batch
+        if self.pad_to_multiple_of:
+            batch = widened(batch, self.pad_to_multiple_of, self.pad_token_id)
         return {**batch, "labels": with_width(batch["labels"], batch["input_ids"].shape[1])}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -121,8 +129,8 @@ class ORPOCollator:
         if name == "nll_over":
             check_option(name, value)
         if name == "layout" and isinstance(value, str):
-            value = plugins.layout("padded" if value == "auto" else value)
-        if name == "pad_to_multiple_of" and value is not None and (self.layout.name != "padded" or value < 1):
+            value = _layout(value)
+        if name == "pad_to_multiple_of" and value is not None and (not self.layout.one_sequence_per_row or value < 1):
             raise ConfigError(
                 f"pad_to_multiple_of={value!r} needs layout='padded' and a positive number; the layout is "
                 f"{self.layout.name!r}, which pads in its own way or not at all"
@@ -180,20 +188,14 @@ class ORPOCollator:
             self.left_out[reason] += 1
         return pairs
 
-    def _widened(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A *padded* batch with its width rounded up."""
-        width = batch["input_ids"].shape[1]
-        more = -width % int(self.pad_to_multiple_of or 1)
-        pad = torch.nn.functional.pad
-        labels = batch["labels"].clone()
-        # The table counts positions row by row, so that every row before a position adds the new columns.
-        labels[:, 0] += labels[:, 0] // width * more
-        return {
-            **batch,
-            "input_ids": pad(batch["input_ids"], (0, more), value=self.pad_token_id),
-            "attention_mask": pad(batch["attention_mask"], (0, more), value=0),
-            "labels": labels,
-        }
+
+def _layout(name: str) -> Layout:
+    if name == "auto":
+        raise ConfigError(
+            "layout='auto' depends on the model: pass it too, ORPOCollator(tokenizer, layout='auto', model=model), or "
+            "leave the layout out for 'padded'"
+        )
+    return plugins.layout(name)
 
 
 def _is_first_process() -> bool:

@@ -7,6 +7,7 @@ def orpo_loss_terms():
     return [hooks.LossTerm(name="simpo", compute=simpo)]
 """
 
+from orpo_plugins.hooks.layout import Layout, PairLengths
 from orpo_plugins.hooks.plugins import get_plugin_manager
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import (
@@ -14,8 +15,6 @@ from orpo_plugins.hooks.types import (
     HeadResult,
     Kernel,
     KernelFunction,
-    Layout,
-    LayoutFunction,
     Message,
     Method,
     Metric,
@@ -34,7 +33,6 @@ __all__ = [
     "Kernel",
     "KernelFunction",
     "Layout",
-    "LayoutFunction",
     "LossTerm",
     "Message",
     "Method",
@@ -42,6 +40,7 @@ __all__ = [
     "ORPOOutput",
     "Objective",
     "Pair",
+    "PairLengths",
     "PairLogps",
     "Preference",
     "RowFormat",

@@ -8,11 +8,15 @@ def plugins() -> dict[str, ModuleType]:
     from orpo_plugins.data import row_formats
     from orpo_plugins.hooks import methods
     from orpo_plugins.kernels import chunked, reference, triton_head
-    from orpo_plugins.layouts import padded
+    from orpo_plugins.layouts import encoder_decoder, packed, padded, shared
 
+    # pluggy calls the last one first: of layouts, the first in every list is *padded*.
     return {
         "orpo-row-formats": row_formats,
-        "orpo-layouts": padded,
+        "orpo-layout-seq2seq": encoder_decoder,
+        "orpo-layout-shared": shared,
+        "orpo-layout-packed": packed,
+        "orpo-layout-padded": padded,
         "orpo-kernel-reference": reference,
         "orpo-kernel-chunked": chunked,
         "orpo-kernel-triton": triton_head,

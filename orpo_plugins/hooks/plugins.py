@@ -9,10 +9,13 @@ import torch
 
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.hooks import specs
-from orpo_plugins.hooks.types import Kernel, Layout, Method, Metric, RowFormat
+from orpo_plugins.hooks.layout import Layout
+from orpo_plugins.hooks.types import Kernel, Method, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 
 GROUP = "orpo_plugins"
+REFERENCE_LAYOUT = "padded"
+"""The layout that every decoder can run, with which others are compared and by which they are replaced."""
 
 
 class _Named(Protocol):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import pluggy
 
-from orpo_plugins.hooks.types import Kernel, Layout, Method, Metric, RowFormat
+from orpo_plugins.hooks.layout import Layout
+from orpo_plugins.hooks.types import Kernel, Method, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 
 hookspec = pluggy.HookspecMarker("orpo_plugins")

@@ -1,10 +1,9 @@
-"""What a plugin implements: a row format, a layout, a head kernel, a metric, a method.
+"""What a plugin implements, except layouts (`hooks/layout.py`): a row format, a head kernel, a metric, a method.
 
 Everything built in is an instance of these same classes, registered through the same hooks (`hooks/specs.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -70,61 +69,8 @@ class Pair:
     """What its log odds, times the temperature, have to exceed."""
 
 
-# Defaults of the classes below are functions of this module: a lambda could not be sent to another process.
-
-
 def always_supported(_: object) -> None:
     """`unsupported` of what runs everywhere."""
-
-
-def nothing_to_prepare(model: torch.nn.Module) -> None:
-    """`prepare` of a layout that needs nothing of a model."""
-
-
-def no_context(model: torch.nn.Module) -> AbstractContextManager[Any]:
-    """`forward_context` of a layout whose batches run as any others."""
-    return nullcontext()
-
-
-def inputs_as_they_are(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """`model_inputs` of a layout whose batches hold what the model takes."""
-    return inputs
-
-
-class LayoutFunction(Protocol):
-    """Puts pairs into one forward pass."""
-
-    def __call__(self, pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Any]:
-        """The model's inputs (`input_ids`, masks, positions, …), `labels` and `shift_labels`.
-
-        All tensors, but for keywords of a layout's own that its attention function reads.
-
-        `labels` is the [N, 4] table of `Targets`, pair by pair.  `shift_labels` [2B, L] holds the NLL's target
-        tokens of each sequence and -100 elsewhere: a stock Trainer counts them for its token normalization,
-        and its first dimension tells B without a device sync.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A named way to lay out pairs."""
-
-    name: str
-    collate: LayoutFunction
-    unsupported: Callable[[torch.nn.Module], str | None] = always_supported
-    """Why a model cannot run in this layout, in words for the log; None where it can."""
-    prepare: Callable[[torch.nn.Module], None] = nothing_to_prepare
-    """Called once per model before its first batch in this layout (to register an attention function, say)."""
-    forward_context: Callable[[torch.nn.Module], AbstractContextManager[Any]] = no_context
-    """Entered around every forward pass with a batch of this layout."""
-    model_inputs: Callable[[torch.nn.Module, dict[str, Any]], dict[str, Any]] = inputs_as_they_are
-    """The model's keyword arguments from those of a batch, for what only the model can tell."""
-    keyword: str | None = None
-    """The key by which a batch of this layout is known, where it needs `forward_context` or `model_inputs`."""
-    encoder_decoder: bool = False
-    """Whether an encoder reads the prompts: prompts and answers are tokenized apart, each with its special tokens."""
-    priority: int = 0
-    """`layout="auto"` takes the supported layout with the highest."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

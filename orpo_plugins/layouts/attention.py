@@ -1,6 +1,6 @@
 """The attention function behind the layouts *packed* and *shared*, for transformers' `AttentionInterface`.
 
-A batch of these layouts is one row cut into spans (`one_row.py`).  The rows of a span attend causally
+A batch of these layouts is one row cut into spans (`layouts/spans.py`).  The rows of a span attend causally
 to themselves and to all rows of the span's context, if it has one:
 
     out[span] = softmax(scale * q[span] @ k[context + span].T + causal) @ v[context + span]
@@ -28,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orpo_plugins.errors import ModelError
-from orpo_plugins.layouts.one_row import SPANS, Span, Spans
+from orpo_plugins.layouts.spans import SPANS, Span, Spans
 from orpo_plugins.models.head import attention_implementation, unwrap_model
 
 PREFIX = "orpo_"

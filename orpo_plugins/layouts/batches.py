@@ -26,8 +26,6 @@ import torch
 from torch.utils.data import Sampler
 
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.hooks.types import Pair
-from orpo_plugins.layouts.one_row import common_prefix
 from orpo_plugins.options import check_batch_options
 
 WINDOW = 50
@@ -37,29 +35,19 @@ OPEN = 8
 """Batches that may still get a pair while they are filled up to a limit."""
 
 
-def pair_tokens(pair: Pair, layout: str) -> int:
-    """Tokens that a pair adds to a batch: distinct ones for "shared", both sequences for any other layout.
-
-    What *padded* adds beyond depends on the other pairs; `PairBatches(padded=True)` takes the longest sequence.
-    """
-    chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
-    shared = common_prefix(chosen, rejected) if layout == "shared" else 0
-    return len(chosen) + len(rejected) - shared
-
-
 class PairBatches(Sampler[list[int]]):
     """A batch sampler over pairs.
 
     Args:
-        lengths: tokens of each pair (`pair_tokens`), or with `padded` the length of its longer sequence; a tuple where
-            several tables are padded (an encoder's and a decoder's).
+        lengths: tokens of each pair (`data.lengths.token_costs`), or with `padded` the length of its longer sequence; a
+            tuple where several tables are padded (an encoder's and a decoder's).
         pairs_per_batch: pairs in a batch, with `max_tokens_per_batch` on average; unused by "tokens".
         max_tokens_per_batch: at most so many tokens in a batch.
         step_strategy: "pairs" or "tokens"; see the module's docstring.
         gradient_accumulation_steps: batches of a rank per optimizer step.
         group_by_length: whether pairs of similar length go together, within windows of `WINDOW` batches or, where that
             is more, of one optimizer step; windows are at most a quarter of the pairs.
-        padded: whether a batch of n pairs costs 2 * n * (its longest), as *padded* does, instead of the sum.
+        padded: whether a batch of n pairs costs 2 * n * (its longest) instead of the sum (`Layout.pads`).
         shuffle: a new order each epoch; False keeps the dataset's.
         drop_last: leaves out the pairs that fill no whole batch on every rank.  "tokens" leaves out none.
         seed: of all orders.

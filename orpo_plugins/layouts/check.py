@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from orpo_plugins.forward import check_vocabulary, orpo_forward
 from orpo_plugins.hooks import plugins
-from orpo_plugins.hooks.types import Layout, Pair, TokenSequence
-from orpo_plugins.layouts.one_row import common_prefix
+from orpo_plugins.hooks.layout import Layout
+from orpo_plugins.hooks.types import Pair, TokenSequence
+from orpo_plugins.layouts.shared import common_prefix
 from orpo_plugins.models.checks import examine
 from orpo_plugins.models.head import evaluating, head_options, output_head, text_config_of, unwrap_model
 from orpo_plugins.targets import targets_of
@@ -117,7 +118,7 @@ def check_layout(
         on_any_rank: on several ranks call this function on all of them, and tell with this one, a collective, whether
             a value is true on any.  A sharded model needs the same passes everywhere.
     """
-    layouts = (plugins.layout("padded"), layout)
+    layouts = (plugins.layout(plugins.REFERENCE_LAYOUT), layout)
 
     def collated(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         device = next(model.parameters()).device

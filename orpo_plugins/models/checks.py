@@ -15,8 +15,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from orpo_plugins.errors import BatchError, ModelError
-from orpo_plugins.layouts.encoder_decoder import DECODER_LABELS
-from orpo_plugins.layouts.one_row import SPANS
 from orpo_plugins.models.head import (
     is_encoder_decoder,
     keep_four_bit_trainable,
@@ -163,13 +161,13 @@ _TOLERANCE, _LOW_PRECISION_TOLERANCE = 2e-3, 4e-3
 Measured on a small random model of every causal family of transformers.  Causal models: at most 5e-7 (mixtures of
 experts, which multiply rows in other groups; 0 in bf16).  Others: at least 6e-2 (XLNet and XLM in bf16: 8e-3).
 """
-_MADE_BY_COLLATORS = {
-    "input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels", DECODER_LABELS, SPANS
-}  # fmt: skip
+_MADE_BY_COLLATORS = {"input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels"}
 
 
-def check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def check_model(model: nn.Module, inputs: Mapping[str, Any], longest: int | None = None) -> None:
     """All checks of `model`, and of a batch's length, before the model runs on that batch.
+
+    `longest` is the number of tokens of the longest sequence (`Layout.longest_sequence`), where it is known.
 
     Raises:
         ModelError: see `check_trainable` (in training only), `check_cache` and `examine`.
@@ -182,7 +180,7 @@ def check_model(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     examined = examine(model, inputs)
     for side, tokens, limit in (
         ("encoder_tokens", _encoded(inputs), examined.encoder_tokens),
-        ("tokens", _tokens(inputs), examined.tokens),
+        ("tokens", longest, examined.tokens),
     ):
         if tokens is not None and limit is not None and tokens > limit:
             raise BatchError(f"a row of the batch has {tokens} tokens, {too_few_positions(model, side, limit)}")
@@ -203,16 +201,6 @@ def too_few_positions(model: nn.Module, side: str, limit: int) -> str:
 
 def _encoded(inputs: Mapping[str, Any]) -> int | None:
     return int(inputs["input_ids"].shape[-1]) if "decoder_input_ids" in inputs else None
-
-
-def _tokens(inputs: Mapping[str, Any]) -> int | None:
-    """The most tokens that one sequence of a batch has, with padding; None where this would wait for the device."""
-    if SPANS in inputs:
-        return max(int(span.context_length + span.length) for span in inputs[SPANS].spans)
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        return int(positions.max()) + 1 if positions.device.type == "cpu" else None
-    return int(inputs.get("decoder_input_ids", inputs["input_ids"]).shape[-1])
 
 
 def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Examined:

@@ -15,12 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-from test_layout_check import without_context
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts.check import check_layout
+from tests.kit import tiny
+from tests.kit.laid_out import WithoutContext
 
 
 def train(options: dict[str, Any], folder: str) -> tuple[dict[str, Any], ORPOTrainer]:
@@ -46,7 +47,7 @@ def train(options: dict[str, Any], folder: str) -> tuple[dict[str, Any], ORPOTra
         processing_class=tiny.tokenizer(),
     )
     if trainer.args.process_index == 1:
-        trainer.data_collator.layout = without_context(plugins.layout("shared"))
+        trainer.data_collator.layout = WithoutContext()
     error = None
     try:
         trainer.train()
@@ -76,7 +77,7 @@ def check_sharded() -> list[Any]:
     report = check_layout(
         model,
         ORPOCollator(tiny.tokenizer()).pairs(tiny.rows(2)),
-        shared if dist.get_rank() == 0 else without_context(shared),
+        shared if dist.get_rank() == 0 else WithoutContext(),
         pad_token_id=0,
         on_any_rank=on_any_rank,
     )

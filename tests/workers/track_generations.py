@@ -10,9 +10,9 @@ from pathlib import Path
 with contextlib.suppress(ImportError):
     import comet_ml  # noqa: F401  # wants to be imported before torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-from training import trainer
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.kit import tiny
+from tests.kit.training import trainer
 
 
 def main() -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from orpo_plugins import ORPOConfig, ORPOTrainer
+from tests.kit import tiny
 
 
 def train(options: dict[str, Any], folder: str) -> tuple[dict[str, Any], ORPOTrainer]:

@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from train_fsdp2 import PAIRS_PER_STEP, steps, untrained
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from orpo_plugins import ORPOConfig, ORPOTrainer, orpo_forward
+from tests.kit import tiny
 
 
 def config(stage: int, **options: Any) -> dict[str, Any]:

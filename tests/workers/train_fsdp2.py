@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from orpo_plugins import ORPOCollator, orpo_forward
 from orpo_plugins.hooks import plugins
+from tests.kit import tiny
 
 PAIRS_PER_STEP = 8
 

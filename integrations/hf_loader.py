@@ -244,7 +244,7 @@ def epoch_tokens(trainer: Trainer) -> EpochTokens | None:
     """
     rows: Any = trainer.train_dataset
     if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
-        return None  # a stream, or a dataset that may make its rows anew each time they are read
+        return None  # a stream, or a dataset whose rows may differ each time they are read
     if not is_tokenized(rows):
         return None
     total = len(rows)

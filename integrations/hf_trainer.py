@@ -98,17 +98,15 @@ class ORPOTrainer(ORPOMethods):
         check_batches(args, train_dataset)
         layout = announce(example, args, data_collator)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
+        prepare = self._prepare = functools.partial(prepared, tokenizer=tokenizer, options=options, args=args)
         if train_dataset is not None:
             with args.main_process_first(desc="tokenizing the training set"):
-                train_dataset = prepared(train_dataset, tokenizer, options, args, "train")
+                train_dataset = prepare(train_dataset, name="train")
         with args.main_process_first(desc="tokenizing the evaluation set"):
             if are_several(eval_dataset):
-                eval_dataset = {
-                    name: prepared(rows, tokenizer, options, args, name) for name, rows in eval_dataset.items()
-                }
+                eval_dataset = {name: prepare(rows, name=name) for name, rows in eval_dataset.items()}
             elif eval_dataset is not None:
-                eval_dataset = prepared(eval_dataset, tokenizer, options, args, "eval")
-        self._prepare = functools.partial(prepared, tokenizer=tokenizer, options=options, args=args)
+                eval_dataset = prepare(eval_dataset, name="eval")
         self._own_collator = data_collator is not None
         super().__init__(
             model=None if model is None else example,

@@ -1,6 +1,6 @@
 """Denominators of the loss: the numbers of tokens and pairs of a micro-batch, or of a whole optimizer step.
 
-for step in steps:                               # gradient accumulation, in a loop of one's own
+for step in steps:                               # gradient accumulation, in a loop of your own
     totals = step_totals(step)
     for batch in step:
         orpo_forward(model, batch, totals=totals).loss.backward()

@@ -268,7 +268,7 @@ def _probe(model: nn.Module, input_ids: Tensor, others: Mapping[str, Tensor]) ->
     if len(sent) != 1 or received.shape != sent[0].shape:
         raise ModelError(
             f"{type(unwrap_model(model)).__name__} calls its lm_head {len(sent)} times or reshapes its logits "
-            f"({tuple(received.shape)}), so a fused head cannot stand in for it. {_REFERENCE_WAY_OUT}"
+            f"({tuple(received.shape)}), so a fused head cannot replace it. {_REFERENCE_WAY_OUT}"
         )
     return _explain(sent[0].double(), received.double(), type(unwrap_model(model)).__name__)
 

@@ -7,11 +7,11 @@ after the loader is made.  The collator can still get another layout then: the l
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -21,13 +21,16 @@ from orpo_plugins.data.lengths import pair_lengths
 from orpo_plugins.errors import BatchError, ConfigError, ModelError
 from orpo_plugins.forward import check_vocabulary
 from orpo_plugins.hooks import plugins
+from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import Pair
 from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length
+from orpo_plugins.kernels.reference import unsupported
 from orpo_plugins.layouts.check import check_layout
 from orpo_plugins.models.checks import examine, too_few_positions
-from orpo_plugins.models.head import in_mode, is_encoder_decoder
+from orpo_plugins.models.head import in_mode, is_encoder_decoder, output_head
 from orpo_plugins.models.state import Examined
 from orpo_plugins.models.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
+from orpo_plugins.options import ORPOOptions
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,51 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.function()
+
+
+# ---- what is active
+
+
+def announce(
+    model: nn.Module,
+    args: TrainingArguments,
+    options: ORPOOptions,
+    layout: Layout,
+    *,
+    nll_over: str,
+    passed_over: Mapping[str, str] | None = None,
+) -> None:
+    """Logs which kernel, layout and third-party plugins are active, and why preferred layouts are not.
+
+    Raises `ConfigError` for a kernel that cannot run here.
+    """
+    reasons = [f"not {name}: {reason}" for name, reason in (passed_over or {}).items()]
+    third_party = plugins.get_plugin_manager().third_party()
+    logger.warning(
+        "ORPO by orpo-plugins is active: kernel=%s, layout=%s, nll_over=%s, nll_normalization=%s, beta=%g%s",
+        expected_kernel(options.kernel, model, args),
+        layout.name,
+        nll_over,
+        options.nll_normalization,
+        options.beta,
+        "".join(f"; {text}" for text in [*reasons, *(f"plugin {label}" for label in third_party)]),
+    )
+
+
+def expected_kernel(name: str, model: nn.Module, args: TrainingArguments) -> str:
+    """The kernel that the first batch will take, found by what the head is now and by the precision of the run.
+
+    Raises `ConfigError` for a kernel that cannot run here.
+    """
+    weight = getattr(output_head(model), "weight", None)
+    if name == "reference":  # the model's own logits, so nobody is asked
+        return name
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or unsupported(weight, weight):
+        return name if name != "auto" else "auto (chosen at the first batch, as lm_head is sharded or offloaded now)"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, weight.dtype)
+    vocabulary, width = weight.shape
+    stand_ins = plugins.stand_ins(dtype, torch.device(args.device), width=width, vocabulary=vocabulary)
+    return plugins.kernel(name, *stand_ins).name
 
 
 # ---- arguments, model and rows

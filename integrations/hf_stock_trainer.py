@@ -29,6 +29,7 @@ from orpo_plugins.hooks.types import Objective
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS, Option
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
+from orpo_plugins.integrations.hf_run_start import announce
 from orpo_plugins.kernels.reference import objective_of_logits
 from orpo_plugins.models.checks import check_causal_by_gradient, check_gradient
 from orpo_plugins.models.head import logits_of
@@ -248,7 +249,8 @@ def fuse_head(
             "compute_loss_func=ORPOLoss(...) and data_collator=ORPOCollator(...) first"
         )
     fused: dict[str, Any] = {"kernel": kernel, "nll_normalization": nll_normalization}
-    replace(loss.options, **fused)  # raises for a value that is unknown
+    options = replace(loss.options, **fused)  # raises for a value that is unknown
+    announce(cast(torch.nn.Module, trainer.model), trainer.args, options, collator.layout, nll_over=collator.nll_over)
     trainer.__class__ = type(f"ORPO{type(trainer).__name__}", (FusedHead, type(trainer)), {})
     changed = cast(FusedHead, trainer)
     changed.orpo_loss, changed._fused = loss, fused

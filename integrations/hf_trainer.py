@@ -26,7 +26,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, number_of
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
 from orpo_plugins.errors import ConfigError, missing_extra
-from orpo_plugins.hooks.plugins import best_layout, kernel
+from orpo_plugins.hooks.layout import Layout
+from orpo_plugins.hooks.plugins import best_layout
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS, cannot_change
 from orpo_plugins.integrations.hf_config import ORPOConfig
@@ -34,6 +35,7 @@ from orpo_plugins.integrations.hf_generation import log_generations
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, todays_name
 from orpo_plugins.integrations.hf_loader import check_batches
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
+from orpo_plugins.integrations.hf_run_start import announce
 from orpo_plugins.models.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.models.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
 from orpo_plugins.options import ORPOFields, ORPOOptions, PairOptions
@@ -96,7 +98,9 @@ class ORPOTrainer(ORPOMethods):
         tokenizer = text_tokenizer.of(processing_class)
         args.remove_unused_columns = False
         check_batches(args, train_dataset)
-        layout = announce(example, args, data_collator)
+        layout, passed_over = chosen_layout(example, args, data_collator)
+        nll_over = getattr(data_collator, "nll_over", args.nll_over)
+        announce(example, args, args.options(), layout, nll_over=nll_over, passed_over=passed_over)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
         prepare = self._prepare = functools.partial(prepared, tokenizer=tokenizer, options=options, args=args)
         if train_dataset is not None:
@@ -111,7 +115,7 @@ class ORPOTrainer(ORPOMethods):
         super().__init__(
             model=None if model is None else example,
             args=args,
-            data_collator=data_collator or collator(tokenizer, args, layout),
+            data_collator=data_collator or collator(tokenizer, args, layout.name),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -323,8 +327,8 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
     )
 
 
-def announce(model: nn.Module, args: Any, data_collator: Any = None) -> str:
-    """Chooses the layout, and says once which kernel and layout are active and why; returns the layout's name.
+def chosen_layout(model: nn.Module, args: Any, data_collator: Any = None) -> tuple[Layout, dict[str, str]]:
+    """The layout to train in, ready for the model, and why preferred ones were passed over.
 
     A collator of the user's own has chosen already.
     """
@@ -342,16 +346,5 @@ def announce(model: nn.Module, args: Any, data_collator: Any = None) -> str:
             )
     else:
         layout, passed_over = best_layout(args.layout, model)
-    device = torch.device(args.device)
-    reasons = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
-    logger.warning(
-        "ORPO by orpo-plugins is active: kernel=%s, layout=%s, nll_over=%s, nll_normalization=%s, beta=%g%s",
-        kernel(args.kernel, device).name,
-        layout.name,
-        getattr(data_collator, "nll_over", args.nll_over),
-        args.nll_normalization,
-        args.beta,
-        reasons,
-    )
     layout.prepare(model)
-    return layout.name
+    return layout, passed_over

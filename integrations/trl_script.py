@@ -1,45 +1,43 @@
-"""The script behind `orpo-plugins trl orpo`.  Its options are those of `trl dpo`, with ORPOConfig's instead of DPO's.
+"""The script behind `orpo-plugins trl orpo`; it takes the options of `trl dpo`, with ORPOConfig's in place of DPO's.
 
-It can also be launched directly: `accelerate launch -m orpo_plugins.integrations.trl_script orpo ...`
+It can be launched directly as well: `accelerate launch -m orpo_plugins.integrations.trl_script orpo ...`
 """
 
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from orpo_plugins.errors import ConfigError, ORPOError
-from orpo_plugins.hooks import plugins
-from orpo_plugins.hooks.types import Method
+from orpo_plugins.integrations.hf_config import ORPOConfig
 from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, translate
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 class ORPOParser(TrlParser):
-    """A `TrlParser` that also reads old names of options, on the command line and in the YAML file."""
+    """`TrlParser` that also reads the old names of options, on the command line and in the YAML file."""
 
     @property
     def _known(self) -> frozenset[str]:
         return frozenset(action.dest for action in self._actions)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """TRL's method; it gets options with old names translated."""
+        """TRL's, after old names are translated."""
         remaining: list[str] = super().set_defaults_with_config(**translate(config, self._known))
         return remaining
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """argparse's method; it gets options with old names translated."""
+        """argparse's, after old names are translated."""
         arguments = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(translate_flags(arguments, self._known), namespace)
 
 
 def translate_flags(arguments: list[str], known: frozenset[str]) -> list[str]:
-    """Command-line `arguments`; old flags (`--name value`, `--name=value`, `--name`) are replaced by today's."""
+    """Command-line `arguments` with old flags (`--name value`, `--name=value`, `--name`) replaced by those of today."""
     groups: list[list[str]] = [[]]
     for argument in arguments:
         if argument.startswith("--"):
@@ -57,36 +55,34 @@ def _name_and_value(group: list[str]) -> tuple[str, str]:
     return name.lstrip("-").replace("-", "_"), value if equals else " ".join(group[1:]) or "true"
 
 
-def make_parser(method: str = "orpo") -> ORPOParser:
-    """The parser of all options of a method for TRL; `ConfigError` for an unknown method."""
-    types = (ScriptArguments, load(find_method(method).config), ModelConfig, DatasetMixtureConfig)
-    return ORPOParser(types, prog=f"orpo-plugins trl {method}")
+def make_parser() -> ORPOParser:
+    """The parser of all options."""
+    types = (ScriptArguments, ORPOConfig, ModelConfig, DatasetMixtureConfig)
+    return ORPOParser(types, prog="orpo-plugins trl orpo")
 
 
-def find_method(name: str) -> Method:
-    """The method of that name among those that plugins have for TRL."""
-    known = {method.name: method for method in plugins.methods("trl")}
-    if name not in known:
-        raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(known))}")
-    return known[name]
-
-
-def load(path: str) -> Any:
-    """The object at "package.module.name"."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def without_method(arguments: Sequence[str]) -> list[str]:
+    """The options alone: the method's name may stand before them, as in `trl dpo`, and there is one method."""
+    if not arguments or arguments[0].startswith("-"):
+        return list(arguments)
+    if arguments[0] != "orpo":
+        raise ConfigError(f"unknown method {arguments[0]!r}; known: orpo")
+    return list(arguments[1:])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, saves, and pushes with `--push_to_hub`; the first of `arguments` is the method's name."""
-    method, *options = sys.argv[1:] if arguments is None else arguments
-    script, args, model, mixture = make_parser(method).parse_args_and_config(options, fail_with_unknown_args=False)
+    """Trains, saves, and pushes where asked to."""
+    # Here, since the command that launches this reads the options alone.
+    from orpo_plugins.integrations.hf_trainer import ORPOTrainer
+
+    options = without_method(sys.argv[1:] if arguments is None else arguments)
+    script, args, model, mixture = make_parser().parse_args_and_config(options, fail_with_unknown_args=False)
     if not model.model_name_or_path:
         raise ConfigError("--model_name_or_path is missing: pass a model's name or path")
     args.model_init_kwargs = model_arguments(model, args)
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
     train_dataset, eval_dataset = datasets_of(script, mixture, evaluates)
-    trainer = load(find_method(method).trainer)(
+    trainer = ORPOTrainer(
         model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
@@ -95,19 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if script.ignore_bias_buffers:
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False]
-        trainer.model._ddp_params_and_buffers_to_ignore = ignored
+        cast(Any, trainer.model)._ddp_params_and_buffers_to_ignore = ignored
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    if hasattr(trainer, "end"):  # ORPOTrainer has it, and every trainer since transformers 5.18
+    if hasattr(trainer, "end"):  # ours, and any since transformers 5.18: closes trackers and the process group
         trainer.end()
 
 
 def model_arguments(model: ModelConfig, args: Any) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`: TRL's model options; `--model_init_kwargs` overrides them."""
+    """Keyword arguments of `from_pretrained`: TRL's model options, overridden by `--model_init_kwargs`."""
     arguments = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_plugins.errors import BatchError
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, KernelFunction, Objective
 from orpo_plugins.kernels.hidden_gradient import HiddenGradient
 from orpo_plugins.kernels.operands import Operands
-from orpo_plugins.kernels.reference import combine
+from orpo_plugins.kernels.reference import combine, unsupported
 from orpo_plugins.kernels.scan import scan
 from orpo_plugins.kernels.tile_steps import EagerSteps, TileSteps, Transform
 from orpo_plugins.kernels.tiling import Tiling
@@ -57,7 +56,6 @@ def tiled_head(
     nothing for wider ones, whose tiles take twice the memory for the same saving.  A budget below the working set
     makes the tiles smaller, and the head slower.
     """
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
     if not torch.is_grad_enabled():  # needs_input_grad below does not know about no_grad
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, logps, means = cast(
@@ -78,25 +76,9 @@ chunked_fp32_head: KernelFunction = partial(tiled_head, steps=partial(EagerSteps
 def orpo_kernels() -> list[Kernel]:
     """Both run anywhere; "auto" takes the first, where there is nothing better."""
     return [
-        Kernel(name="chunked", compute=chunked_head),
-        Kernel(name="chunked_fp32", compute=chunked_fp32_head, priority=-10),
+        Kernel(name="chunked", compute=chunked_head, unsupported=unsupported),
+        Kernel(name="chunked_fp32", compute=chunked_fp32_head, unsupported=unsupported, priority=-10),
     ]
-
-
-def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts to autocast's dtype where it is on, as `torch.nn.Linear` would be; gradients pass through the casts."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    others = [weight] if bias is None else [weight, bias]
-    if any(other.dtype != hidden.dtype for other in others):
-        found = " and ".join(str(other.dtype) for other in others)
-        raise BatchError(
-            f"hidden is {hidden.dtype} but {'weight is' if bias is None else 'weight and bias are'} {found}: "
-            "cast them to one dtype, or run under torch.autocast"
-        )
-    return hidden, weight, bias
 
 
 class _TiledHead(torch.autograd.Function):

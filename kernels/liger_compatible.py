@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo_plugins.errors import BatchError
-from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import HeadOptions, Objective
 from orpo_plugins.kernels.linear import check_labels
+from orpo_plugins.kernels.run import run_kernel
 from orpo_plugins.objective import log_odds, odds_ratio_loss
 from orpo_plugins.targets import Targets
 
@@ -70,8 +70,8 @@ class FusedLinearORPOLoss(nn.Module):
         pairs = target.shape[0] // 2
         targets = self._predictions(target, target[:pairs] if nll_target is None else nll_target[:pairs])
         check_labels(targets, target.shape[1], lin_weight.shape[0])
-        result = plugins.kernel("auto", _input.device).compute(
-            _input.flatten(0, 1), lin_weight, bias, targets, self._objective(targets), HeadOptions()
+        result = run_kernel(
+            "auto", _input.flatten(0, 1), lin_weight, bias, targets, self._objective(targets), HeadOptions()
         )
         chosen, rejected = result.logps.view(2, -1)
         odds = log_odds(chosen, rejected)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.errors import BatchError, ConfigError
-from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import HeadOptions, Objective
+from orpo_plugins.kernels.run import run_kernel
 from orpo_plugins.objective import ORPOOutput, PairLogps, check_coefficients, odds_ratio_loss, output_of
+from orpo_plugins.options import check_option
 from orpo_plugins.targets import IGNORE_INDEX, Targets
 
 
@@ -73,7 +74,7 @@ def linear_orpo_loss(
     check_coefficients(beta, odds_temperature)
     _check_options(softcap, logit_scale, memory_budget)
     _check_shapes(hidden, weight, labels, nll_labels, bias)
-    chosen_kernel = plugins.kernel(kernel, hidden.device)
+    check_option("kernel", kernel)
     targets = Targets.from_labels(labels, nll_labels, ignore_index)
     check_labels(targets, labels.shape[1], weight.shape[0])
     rows = hidden.flatten(0, 1)
@@ -88,7 +89,7 @@ def linear_orpo_loss(
         ),
     )
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, memory_budget=memory_budget)
-    result = chosen_kernel.compute(rows, weight, bias, targets, objective, options)
+    result = run_kernel(kernel, rows, weight, bias, targets, objective, options)
     lengths = targets.answer_lengths().view(2, -1)
     return output_of(
         loss=result.loss,

@@ -4,6 +4,8 @@ What every other kernel is compared with, and the way out for a model whose logi
 `scale * (hidden @ weight.T + bias)`.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,26 @@ from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.objective import PairLogps, at_least_fp32
 from orpo_plugins.targets import Targets
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @hookimpl
 def orpo_kernels() -> list[Kernel]:
     """Runs anywhere; never chosen by "auto"."""
-    return [Kernel(name="reference", compute=reference_head, priority=-100)]
+    return [Kernel(name="reference", compute=reference_head, unsupported=unsupported, priority=-100)]
+
+
+def unsupported(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why no built-in kernel can run on these tensors; None where all of them can that need no certain device."""
+    tensor_module = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before it is imported
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor_module is not None and isinstance(tensor, tensor_module.DTensor):
+            return f"{name} is a DTensor, sharded as {tensor.placements}, and each rank would see its own part alone"
+        if tensor.device.type == "meta":
+            return f"{name} is on the device meta, which holds no numbers"
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, which is not fp16, bf16, fp32 or fp64"
+    return None
 
 
 def reference_head(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
+from orpo_plugins.kernels import reference
 from orpo_plugins.kernels.chunked import tiled_head
 from orpo_plugins.kernels.tile_steps import EagerSteps
 from orpo_plugins.targets import Targets
@@ -18,13 +19,15 @@ def orpo_kernels() -> list[Kernel]:
     return [Kernel(name="triton", compute=triton_head, unsupported=unsupported, priority=10)]
 
 
-def unsupported(device: torch.device) -> str | None:
-    """Why the kernel cannot run on `device`."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, the tensors are on {device.type}"
+def unsupported(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel cannot run on these tensors."""
+    if reason := reference.unsupported(hidden, weight):
+        return reason
+    if hidden.device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {hidden.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+    if torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) < (7, 0):
         return "triton needs compute capability 7.0"
     return None
 

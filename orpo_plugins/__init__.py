@@ -14,7 +14,7 @@ _HOME = {
     "ORPOPlugin": "orpo_plugins.integrations.axolotl_plugin",
     "ORPOTrainer": "orpo_plugins.integrations.hf_trainer",
     "fuse_head": "orpo_plugins.integrations.hf_stock_trainer",
-    "get_plugin_manager": "orpo_plugins.hooks.plugins",
+    "get_plugin_manager": "orpo_plugins.hooks.manager",
     "hookimpl": "orpo_plugins.hooks.specs",
     "linear_orpo_loss": "orpo_plugins.kernels.linear",
     "orpo_forward": "orpo_plugins.forward",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orpo_plugins.data.collator import ORPOCollator as ORPOCollator
     from orpo_plugins.denominators import step_totals as step_totals
     from orpo_plugins.forward import orpo_forward as orpo_forward
-    from orpo_plugins.hooks.plugins import get_plugin_manager as get_plugin_manager
+    from orpo_plugins.hooks.manager import get_plugin_manager as get_plugin_manager
     from orpo_plugins.hooks.specs import hookimpl as hookimpl
     from orpo_plugins.integrations.axolotl_plugin import ORPOPlugin as ORPOPlugin
     from orpo_plugins.integrations.hf_config import ORPOConfig as ORPOConfig

@@ -25,6 +25,14 @@ class ModelError(ORPOError):
     """A model whose head or attention cannot be handled without changing what it computes."""
 
 
+class PluginError(ORPOError):
+    """A third-party plugin that cannot be loaded, raised an error, or returned something else than its hook asks for.
+
+    The message names the plugin, the hook or function, and how to keep the plugin out; `__cause__` is the plugin's own
+    error, where it raised one.
+    """
+
+
 class MissingExtraError(ORPOError, ImportError):
     """An optional dependency is not installed; the message holds the pip command."""
 

@@ -18,6 +18,7 @@ from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Objective
 from orpo_plugins.kernels.reference import objective_of_logits
+from orpo_plugins.kernels.run import run_kernel
 from orpo_plugins.models.checks import check_gradient, check_model
 from orpo_plugins.models.head import (
     attention_implementation,
@@ -262,7 +263,6 @@ def run_fused(
     """The objective from a kernel that replaces `lm_head` during the forward pass."""
     transform = head_options(model, inputs["input_ids"])
     head = output_head(model)
-    kernel = plugins.kernel(options.kernel, inputs["input_ids"].device)
     capped_means = options.logit_means and transform.softcap is not None
     transform = replace(transform, memory_budget=options.memory_budget, logit_means=capped_means)
     computed: list[tuple[HeadResult, Tensor | None]] = []
@@ -272,7 +272,7 @@ def run_fused(
         if final_bias is not None:
             bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
         hidden = own_positions(hidden, model, inputs)
-        result = kernel.compute(hidden.flatten(0, -2), weight, bias, targets, objective, transform)
+        result = run_kernel(options.kernel, hidden.flatten(0, -2), weight, bias, targets, objective, transform)
         means = None
         if options.logit_means and result.logit_means is not None:
             means = _by_side_of_targets(result.logit_means, targets)
@@ -318,7 +318,7 @@ def _by_side_of_targets(means: Tensor, targets: Targets) -> Tensor:
     """[2]: mean over the targets of chosen and of rejected sequences, for layouts without padding."""
     rejected = (targets.sequence_ids >= targets.num_pairs).float()
     sides = torch.stack([1.0 - rejected, rejected])
-    return (sides @ means) / sides.sum(1).clamp(min=1)
+    return (sides @ means.to(sides.dtype)) / sides.sum(1).clamp(min=1)
 
 
 def make_output(result: HeadResult, targets: Targets, options: ORPOOptions, logit_means: Tensor | None) -> ORPOOutput:

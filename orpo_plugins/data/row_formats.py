@@ -32,7 +32,7 @@ from orpo_plugins.data.row_values import (
     user,
     without_none,
 )
-from orpo_plugins.errors import RowError
+from orpo_plugins.errors import PluginError, RowError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import Message, Preference, RowFormat
@@ -140,14 +140,15 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_st
     if alone:
         row = {**row, "rejected": row["chosen"]}
     for row_format in plugins.row_formats():
-        if row_format.matches(row):
-            try:
-                preference = row_format.parse(row)
-                if template_strings and row_format.name != _IMPLICIT_STRINGS:
-                    preference = _as_conversation(preference, row)
-                return _alone(preference, row_format) if alone else preference
-            except RowError as error:
-                raise RowError(f"{where} ({row_format.name}): {error}") from error
+        try:
+            if not row_format.matches(row):
+                continue
+            preference = row_format.parse(row)
+            if template_strings and row_format.name != _IMPLICIT_STRINGS:
+                preference = _as_conversation(preference, row)
+            return _alone(preference, row_format) if alone else preference
+        except (RowError, PluginError) as error:
+            raise type(error)(f"{where} ({row_format.name}): {error}") from (error.__cause__ or error)
     raise RowError(f"{where}: {_unknown_format(row)}")
 
 

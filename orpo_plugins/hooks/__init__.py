@@ -8,7 +8,7 @@ def orpo_loss_terms():
 """
 
 from orpo_plugins.hooks.layout import Layout, PairLengths
-from orpo_plugins.hooks.plugins import get_plugin_manager
+from orpo_plugins.hooks.manager import get_plugin_manager
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import (
     HeadOptions,
@@ -16,7 +16,6 @@ from orpo_plugins.hooks.types import (
     Kernel,
     KernelFunction,
     Message,
-    Method,
     Metric,
     Objective,
     Pair,
@@ -35,7 +34,6 @@ __all__ = [
     "Layout",
     "LossTerm",
     "Message",
-    "Method",
     "Metric",
     "ORPOOutput",
     "Objective",

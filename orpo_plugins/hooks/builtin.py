@@ -6,7 +6,6 @@ from types import ModuleType
 def plugins() -> dict[str, ModuleType]:
     """Modules whose functions implement the hooks; torch is the heaviest thing that they import."""
     from orpo_plugins.data import row_formats
-    from orpo_plugins.hooks import methods
     from orpo_plugins.kernels import chunked, reference, triton_head
     from orpo_plugins.layouts import encoder_decoder, packed, padded, shared
 
@@ -20,5 +19,4 @@ def plugins() -> dict[str, ModuleType]:
         "orpo-kernel-reference": reference,
         "orpo-kernel-chunked": chunked,
         "orpo-kernel-triton": triton_head,
-        "orpo-methods": methods,
     }

@@ -1,19 +1,18 @@
-"""The plugin manager, and look-ups by name with an error that lists what there is."""
+"""What plugins offer, looked up by name; an unknown name is an error that lists the known ones."""
 
-import functools
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
-import pluggy
 import torch
+from torch import Tensor
 
 from orpo_plugins.errors import ConfigError
-from orpo_plugins.hooks import specs
 from orpo_plugins.hooks.layout import Layout
-from orpo_plugins.hooks.types import Kernel, Method, Metric, RowFormat
+from orpo_plugins.hooks.manager import get_plugin_manager as get_plugin_manager
+from orpo_plugins.hooks.offers import offered
+from orpo_plugins.hooks.types import Kernel, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 
-GROUP = "orpo_plugins"
 REFERENCE_LAYOUT = "padded"
 """The layout that every decoder can run, with which others are compared and by which they are replaced."""
 
@@ -24,46 +23,28 @@ class _Named(Protocol):
 
 
 NamedT = TypeVar("NamedT", bound=_Named)
+SupportedT = TypeVar("SupportedT", Layout, Kernel)
 
 
-@functools.cache
-def get_plugin_manager() -> pluggy.PluginManager:
-    """The process-wide manager, with the built-in plugins and every installed entry point registered."""
-    from orpo_plugins.hooks import builtin
-
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(specs)
-    for name, plugin in builtin.plugins().items():
-        manager.register(plugin, name=name)
-    manager.load_setuptools_entrypoints(GROUP)
-    manager.check_pending()
-    return manager
-
-
-def row_formats() -> list[RowFormat]:
+def row_formats() -> Sequence[RowFormat]:
     """All row formats, in the order in which they are tried."""
-    return _flatten(get_plugin_manager().hook.orpo_row_formats())
+    return offered("orpo_row_formats")
 
 
-def metrics() -> list[Metric]:
+def metrics() -> Sequence[Metric]:
     """All metrics that plugins add."""
-    return _flatten(get_plugin_manager().hook.orpo_metrics())
-
-
-def methods(framework: str) -> list[Method]:
-    """The methods announced to one framework."""
-    return [method for method in _flatten(get_plugin_manager().hook.orpo_methods()) if method.framework == framework]
+    return offered("orpo_metrics")
 
 
 def loss_term(name: str) -> LossTerm:
     """The per-pair term of that name."""
-    known: list[LossTerm] = _flatten(get_plugin_manager().hook.orpo_loss_terms())
+    known: Sequence[LossTerm] = offered("orpo_loss_terms")
     return _by_name("loss term", name, known)
 
 
-def layouts() -> list[Layout]:
+def layouts() -> Sequence[Layout]:
     """All layouts."""
-    return _flatten(get_plugin_manager().hook.orpo_layouts())
+    return offered("orpo_layouts")
 
 
 def layout(name: str) -> Layout:
@@ -76,51 +57,55 @@ def best_layout(name: str, model: torch.nn.Module) -> tuple[Layout, dict[str, st
 
     Raises `ConfigError` where a layout asked for by name cannot be used.
     """
-    if name != "auto":
-        chosen = layout(name)
-        if reason := chosen.unsupported(model):
-            raise ConfigError(f"layout {name!r} cannot be used here: {reason}. Use layout='auto'")
-        return chosen, {}
-    passed_over: dict[str, str] = {}
-    for candidate in sorted(layouts(), key=lambda candidate: -candidate.priority):
-        reason = candidate.unsupported(model)
-        if reason is None:
-            return candidate, passed_over
-        passed_over[candidate.name] = reason
-    raise ConfigError(f"no layout supports this model: {passed_over}")
+    return _first_supported("layout", name, layouts(), model, where="here")
 
 
-def kernels() -> list[Kernel]:
+def kernels() -> Sequence[Kernel]:
     """All head kernels."""
-    return _flatten(get_plugin_manager().hook.orpo_kernels())
-
-
-def kernel(name: str, device: torch.device) -> Kernel:
-    """The kernel of that name, or for "auto" the supported one of highest priority.
-
-    Raises `ConfigError` for an unknown name or a kernel that cannot run on `device`.
-    """
-    if name == "auto":
-        return max((k for k in kernels() if k.unsupported(device) is None), key=lambda k: k.priority)
-    chosen = known_kernel(name)
-    if reason := chosen.unsupported(device):
-        raise ConfigError(f"kernel {name!r} cannot be used on {device}: {reason}. Use kernel='auto'")
-    return chosen
+    return offered("orpo_kernels")
 
 
 def known_kernel(name: str) -> Kernel:
-    """The kernel of that name, whatever device it runs on; `ConfigError` for an unknown name."""
+    """The kernel of that name, whatever it can run on."""
     return _by_name("kernel", name, kernels(), also=("auto",))
 
 
-def _flatten(results: Iterable[Iterable[NamedT]]) -> list[NamedT]:
-    return [item for result in results for item in result]
+def kernel(name: str, hidden: Tensor, weight: Tensor) -> Kernel:
+    """The kernel of that name, or for "auto" the one of highest priority that supports these tensors.
+
+    Raises `ConfigError` for an unknown name, a kernel that does not support them, and where none does.
+    """
+    where = f"for {str(hidden.dtype).removeprefix('torch.')} on {hidden.device.type}"
+    return _first_supported("kernel", name, kernels(), hidden, weight, where=where)[0]
 
 
-def _by_name(kind: str, name: str, known: Iterable[NamedT], also: tuple[str, ...] = ()) -> NamedT:
-    items = list(known)
-    for item in items:
+def stand_ins(
+    dtype: torch.dtype, device: torch.device, *, width: int = 1, vocabulary: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(hidden [1, H], weight [V, H]) to ask for a kernel before there is a batch; they share one number of memory."""
+    number = torch.zeros((1, 1), dtype=dtype, device=device)
+    return number.expand(1, width), number.expand(vocabulary, width)
+
+
+def _first_supported(
+    kind: str, name: str, known: Sequence[SupportedT], *asked: Any, where: str
+) -> tuple[SupportedT, dict[str, str]]:
+    """The one of that name, or for "auto" the first by priority, and why others were passed over, by their names."""
+    chosen = [_by_name(kind, name, known, also=("auto",))] if name != "auto" else []
+    passed_over: dict[str, str] = {}
+    for candidate in chosen or sorted(known, key=lambda candidate: -candidate.priority):
+        reason = candidate.unsupported(*asked)
+        if reason is None:
+            return candidate, passed_over
+        passed_over[candidate.name] = reason
+    if chosen:
+        raise ConfigError(f"{kind} {name!r} cannot be used {where}: {passed_over[name]}. Use {kind}='auto'")
+    raise ConfigError(f"no {kind} can be used {where}: {passed_over}")
+
+
+def _by_name(kind: str, name: str, known: Sequence[NamedT], also: tuple[str, ...] = ()) -> NamedT:
+    for item in known:
         if item.name == name:
             return item
-    names = ", ".join(sorted({*also, *(item.name for item in items)})) or "none"
+    names = ", ".join(sorted({*also, *(item.name for item in known)})) or "none"
     raise ConfigError(f"unknown {kind} {name!r}; known: {names}")

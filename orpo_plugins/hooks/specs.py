@@ -1,7 +1,12 @@
 """Every hook, in one place.
 
-A plugin is any module or object whose functions carry `orpo_plugins.hookimpl`, registered by an entry point
-in group `orpo_plugins` or by `get_plugin_manager().register(plugin)`.  The built-in parts are such plugins.
+A plugin is a module or an object with functions of these names that carry `orpo_plugins.hookimpl`.  An entry point in
+the group `orpo_plugins` registers it wherever its package is installed, and `get_plugin_manager().register(plugin)` in
+one process.  The built-in parts are such plugins.
+
+A hook takes no argument and returns a list of parts.  It is called when its parts are first asked for, and again only
+after plugins have been registered or unregistered.  The names of parts of one kind are unique over all plugins.  A hook
+that raises, or returns something else, stops the run with a `PluginError`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +14,7 @@ from collections.abc import Sequence
 import pluggy
 
 from orpo_plugins.hooks.layout import Layout
-from orpo_plugins.hooks.types import Kernel, Method, Metric, RowFormat
+from orpo_plugins.hooks.types import Kernel, Metric, RowFormat
 from orpo_plugins.objective import LossTerm
 
 hookspec = pluggy.HookspecMarker("orpo_plugins")
@@ -18,29 +23,24 @@ hookimpl = pluggy.HookimplMarker("orpo_plugins")
 
 @hookspec
 def orpo_row_formats() -> Sequence[RowFormat]:  # type: ignore[empty-body]  # a specification has no body
-    """Row formats; those of plugins registered later are tried first, and the first that matches reads the row."""
+    """Ways to read a row; the first format that matches reads it, and plugins registered later are asked first."""
 
 
 @hookspec
 def orpo_layouts() -> Sequence[Layout]:  # type: ignore[empty-body]
-    """Batch layouts, for `layout=<name>`; `auto` takes the one of highest priority that the model supports."""
+    """Ways to lay out pairs, for `layout=<name>`; "auto" takes the first by priority that supports the model."""
 
 
 @hookspec
 def orpo_kernels() -> Sequence[Kernel]:  # type: ignore[empty-body]
-    """Head kernels, for `kernel=<name>`; `auto` takes the one of highest priority that the device supports."""
+    """Ways to compute the head, for `kernel=<name>`; "auto" takes the first by priority that supports the tensors."""
 
 
 @hookspec
 def orpo_loss_terms() -> Sequence[LossTerm]:  # type: ignore[empty-body]
-    """Per-pair terms that `loss_terms={name: weight}` adds to the objective; none is active unless selected."""
+    """Losses per pair, which `loss_terms={name: weight}` adds to the objective; none is added unless it is named."""
 
 
 @hookspec
 def orpo_metrics() -> Sequence[Metric]:  # type: ignore[empty-body]
-    """Figures logged beside the built-in ones, in training and evaluation."""
-
-
-@hookspec
-def orpo_methods() -> Sequence[Method]:  # type: ignore[empty-body]
-    """Training methods announced to a framework: its trainer and config classes by import path."""
+    """Values per pair, whose means are logged beside the built-in metrics, in training and in evaluation."""

@@ -1,4 +1,6 @@
-"""What a plugin implements, except layouts (`hooks/layout.py`): a row format, a head kernel, a metric, a method.
+"""What a plugin implements: a row format, a kernel, a metric.
+
+Layouts are in `hooks/layout.py`, loss terms in `objective.py`.
 
 Everything built in is an instance of these same classes, registered through the same hooks (`hooks/specs.py`).
 """
@@ -7,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from orpo_plugins.objective import ORPOOutput, PairLogps
@@ -42,9 +43,13 @@ class RowFormat:
     columns: str
     """The columns in words, shown when no format fits: "prompt, chosen, rejected (strings)"."""
     matches: Callable[[Mapping[str, Any]], bool]
-    """Whether a row (raw columns) is of this format, from the columns and the types of their values."""
+    """Whether a row is of this format, by its columns and the types of their values.  It must not change the row."""
     parse: Callable[[Mapping[str, Any]], Preference]
-    """Reads a row; raises `RowError` for a value that does not fit."""
+    """Reads a row that matches.
+
+    Raises `orpo_plugins.errors.RowError` for a value that does not fit.  Its message names the column and the value,
+    and gets the number of the row in front.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +74,35 @@ class Pair:
     """What its log odds, times the temperature, have to exceed."""
 
 
-def always_supported(_: object) -> None:
+def always_supported(*_: object) -> None:
     """`unsupported` of what runs everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
-    """What a kernel differentiates: sum(nll_weights * NLL per target) + pair_loss(mean log-probabilities)."""
+    """The loss that a kernel computes and differentiates.
+
+        loss = -sum over targets t of nll_weights[t] * logp[t] + pair_loss(means)
+        means[s] = mean of logp[t] over the targets t of sequence s that are `in_answer`
+
+    `logp[t]` is the log-probability of `targets.token_ids[t]`, and `means` are handed over as `PairLogps`.
+    """
 
     nll_weights: Tensor
-    """fp32 [N]: the weight of each target's negative log-probability in the loss; 0 where not `in_nll`."""
+    """fp32 [N]: what the NLL of each target weighs in the loss; 0 where it is not `in_nll`."""
     pair_loss: Callable[[PairLogps], Tensor]
-    """Differentiable; maps `PairLogps` to the scalar that is added to the NLL, normalization included."""
+    """From `PairLogps` to the scalar that is added to the NLL; differentiable, and already divided by all pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """How logits come from hidden states, and how much memory may go into them."""
+    """How logits come from hidden states, and how much memory may go into them.
+
+    logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), without the tanh where softcap is None
+    """
 
     softcap: float | None = None
-    """c of c * tanh(logits / c), applied after the scale."""
+    """The bound of the logits, applied after the scale; None for none."""
     logit_scale: float = 1.0
     """Multiplies hidden @ weight.T + bias."""
     memory_budget: int | None = None
@@ -99,20 +113,20 @@ class HeadOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadResult:
-    """What a kernel returns."""
+    """What a kernel returns, in fp32 or fp64."""
 
     loss: Tensor
-    """fp32 scalar, differentiable in hidden, weight and bias."""
+    """Scalar, differentiable in hidden, weight and bias."""
     nll_loss: Tensor
-    """fp32 scalar, detached: sum(nll_weights * NLL per target)."""
+    """Scalar, detached: the first term of the loss, -sum(nll_weights * logp)."""
     logps: Tensor
-    """fp32 [2B], detached: mean log-probability per sequence."""
+    """[2B], detached: the mean log-probability of each answer, chosen ones first; 0 for an answer that is none."""
     logit_means: Tensor | None = None
-    """fp32 [N], detached: the mean over the vocabulary of each target's logits, where asked for."""
+    """[N], detached: the mean over the vocabulary of each target's logits, where it is asked for."""
 
 
 class KernelFunction(Protocol):
-    """Computes an `Objective` from hidden states without the caller seeing logits."""
+    """Computes an `Objective` from hidden states, so that nobody else needs the logits."""
 
     def __call__(
         self,
@@ -123,42 +137,47 @@ class KernelFunction(Protocol):
         objective: Objective,
         options: HeadOptions,
     ) -> HeadResult:
-        """`hidden` [M, H] has a row per position, of which `targets.positions` [N] says what to read for each target.
+        """The loss, with gradients for those of `hidden`, `weight` and `bias` that require one.
 
-        `weight` is [V, H], `bias` [V].  What stands in rows that no target reads must not matter.
+        Args:
+            hidden: [M, H], one row per position.  What stands in rows that no target reads must not matter.
+            weight: [V, H].
+            bias: [V] or None.
+            targets: which rows to read (`positions` [N]), which token each predicts (`token_ids` [N]), and for which
+                sequence (`sequence_ids` [N]).
+            objective: the loss.
+            options: scale, soft-cap, memory.
+
+        The three tensors are of one dtype, autocast's where it is on, and on one device.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A named head kernel."""
+    """A named way to compute the head."""
 
     name: str
     compute: KernelFunction
-    unsupported: Callable[[torch.device], str | None] = always_supported
-    """Why the kernel cannot run on a device, in words; None where it can."""
+    unsupported: Callable[[Tensor, Tensor], str | None] = always_supported
+    """Why the kernel cannot run on `hidden` [M, H] and `weight` [V, H], in words; None where it can.
+
+    They are the tensors that `compute` would get, or stand-ins of the same dtype, device and shape (with another M)
+    before there is a batch.  It may look at these three and at the class of a tensor, and at no number: that would wait
+    for the device in every step.
+    """
     priority: int = 0
-    """`kernel="auto"` takes the supported kernel with the highest."""
+    """`kernel="auto"` takes the supported kernel with the highest.  Built in: chunked 0, triton 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A figure logged beside the built-in ones."""
+    """A value logged beside the built-in metrics."""
 
     name: str
+    """The key in the log; in evaluation with `eval_` in front."""
     compute: Callable[[ORPOOutput], Tensor]
-    """[B] (or any shape): values whose mean over all pairs since the last log is reported."""
+    """From the output of one batch to one number per pair, [B], on any device.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A training method as a framework sees it, by import path so that announcing it imports nothing."""
-
-    name: str
-    """"orpo", as in `rl: orpo` and `orpo-plugins trl orpo`."""
-    framework: str
-    """"trl", "axolotl" or "transformers"."""
-    trainer: str
-    """"package.module.Class" of the trainer."""
-    config: str
-    """"package.module.Class" of its arguments."""
+    What is logged is their mean over all pairs since the last log, by weight, without pairs that have no rejected
+    answer.  A tensor of another shape counts each of its numbers once.
+    """

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from orpo_plugins import hooks
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.kernels.triton_head import unsupported
@@ -39,7 +40,7 @@ def differences(case, transform, kept):
 
     class OnAnyDevice:
         @staticmethod
-        @plugins.specs.hookimpl
+        @hooks.hookimpl
         def orpo_kernels():
             return [Kernel(name="interpreted", compute=triton_head.triton_head)]
 
@@ -89,10 +90,11 @@ def test_interpreted_equals_the_reference(interpreted, name):
 
 
 def test_a_cpu_is_refused_by_name_and_passed_over_by_auto():
-    assert unsupported(torch.device("cpu")) == "it needs a CUDA device, the tensors are on cpu"
-    with pytest.raises(ConfigError, match="kernel 'triton' cannot be used on cpu: it needs a CUDA device"):
+    operands = plugins.stand_ins(torch.float32, torch.device("cpu"))
+    assert unsupported(*operands) == "it needs a CUDA device, the tensors are on cpu"
+    with pytest.raises(ConfigError, match="kernel 'triton' cannot be used for float32 on cpu: it needs a CUDA device"):
         run_case(make_case(), kernel="triton")
-    assert plugins.kernel("auto", torch.device("cpu")).name == "chunked"
+    assert plugins.kernel("auto", *operands).name == "chunked"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

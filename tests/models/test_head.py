@@ -104,7 +104,7 @@ def test_the_head_is_left_as_it_was_after_an_error(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("out of memory")
 
     model = build("llama")
-    monkeypatch.setattr(plugins, "kernel", lambda name, device: Kernel(name=name, compute=broken))
+    monkeypatch.setattr(plugins, "kernel", lambda name, hidden, weight: Kernel(name=name, compute=broken))
     with pytest.raises(RuntimeError, match="out of memory"):
         orpo_forward(model, batch(), kernel="chunked")
     assert "forward" not in model.lm_head.__dict__

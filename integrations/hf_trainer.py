@@ -313,7 +313,7 @@ def prepared(rows: Any, tokenizer: PreTrainedTokenizerBase, options: PairOptions
     return dataset
 
 
-def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
+def collator(tokenizer: PreTrainedTokenizerBase, args: ORPOConfig, layout: str) -> ORPOCollator:
     """The collator that belongs to the arguments."""
     lengths = dataclasses.asdict(pair_options(args))
     del lengths["encoder_decoder"]  # the layout says it
@@ -327,7 +327,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
     )
 
 
-def chosen_layout(model: nn.Module, args: Any, data_collator: Any = None) -> tuple[Layout, dict[str, str]]:
+def chosen_layout(model: nn.Module, args: ORPOConfig, data_collator: object) -> tuple[Layout, dict[str, str]]:
     """The layout to train in, ready for the model, and why preferred ones were passed over.
 
     A collator of the user's own has chosen already.

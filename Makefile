@@ -1,6 +1,7 @@
 # make demo   sets up .venv and trains a small model with Axolotl, rl: orpo; under two minutes once installed
 # make test   sets up .venv (Axolotl's stack) and .venv-latest (newest releases) and runs every test in both
 # make gpu    on a machine with a CUDA device: the kernels' tests there, and every benchmark of the head and of steps
+# make docs   builds the site of docs/ into build/site; any warning is an error
 # make clean  removes what the demo wrote
 #
 # PYTHON=python3.12 make demo takes another interpreter; TORCH="torch==2.13.0 --index-url ..." another build of torch.
@@ -14,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # Apart from the rest: where it can be imported, Accelerate does, and process groups outlive every trainer.
 DEEPSPEED := $(CURDIR)/.venv-latest/deepspeed
 
-.PHONY: demo test test-axolotl test-latest gpu clean
+.PHONY: demo test test-axolotl test-latest gpu docs clean
 
 demo: .venv/.demo
 	@rm -rf build/demo
@@ -41,6 +42,9 @@ gpu: .venv-latest/.test
 	  .venv-latest/bin/python benchmarks/step.py --rows prompt-heavy answer-heavy --model $$model --adapter $$adapter; \
 	  .venv-latest/bin/python benchmarks/step.py --longest --model $$model --adapter $$adapter; done; done
 
+docs: .venv-docs/.docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 clean:
 	rm -rf build/demo
 
@@ -59,6 +63,12 @@ clean:
 	@.venv-latest/bin/pip install --quiet -e '.[liger,dev]'
 	@DS_BUILD_OPS=0 .venv-latest/bin/pip install --quiet --no-build-isolation --no-deps --upgrade --target $(DEEPSPEED) \
 	  deepspeed==0.18.9 hjson py-cpuinfo ninja msgpack einops
+	@touch $@
+
+.venv-docs/.docs: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/pip install --quiet --upgrade 'pip>=25.1'
+	@.venv-docs/bin/pip install --quiet --group docs
 	@touch $@
 
 # torch before all else, so that what follows keeps this build.

@@ -10,33 +10,27 @@ memory (Linux), on a GPU what the allocator handed out.  A first call, not count
 """
 
 import argparse
-import ctypes
-import gc
 import itertools
 import json
-import platform
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from head_peers import PEERS, VARIANTS, Peer, live_targets, ours_with_budget
+from measure import CUDA, RESULTS, Meter, about, in_child, now, pyplot, save
+from torch.utils import benchmark
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "triton")
 
 
 def main() -> None:
-    """The parent: one child per cell and variant, then the table."""
+    """The parent process: one child per cell and variant, then the table."""
     arguments = parse()
     if arguments.child:
-        print(json.dumps(measure(json.loads(arguments.child))))
+        print(json.dumps(measured(json.loads(arguments.child))))
         return
     cells = list(plan(arguments))
     rows = earlier(arguments, set(map(_cell, cells))) if arguments.keep else []
@@ -50,7 +44,7 @@ def main() -> None:
 
 
 def in_turns(waiting: list[dict[str, Any]], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The best row of each variant of one cell so far, after each measurement."""
+    """After each measurement the best row so far of each variant of one cell."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(arguments.rounds):
         for cell in waiting:
@@ -59,7 +53,7 @@ def in_turns(waiting: list[dict[str, Any]], arguments: argparse.Namespace) -> It
             print(f"  {describe(row)}  ({time.monotonic() - started:.0f} s)", flush=True)
             found[cell["peer"]] = min(found.get(cell["peer"], row), row, key=_seconds)
             yield list(found.values())
-        # Again, in turns, whatever may be the fastest.
+        # The next round measures what may be the fastest once more.
         fastest = min(map(_seconds, found.values()))
         waiting = [cell for cell in waiting if _seconds(found[cell["peer"]]) < 1.5 * fastest]
 
@@ -69,22 +63,21 @@ def _seconds(row: dict[str, Any]) -> float:
 
 
 def earlier(arguments: argparse.Namespace, again: set[str]) -> list[dict[str, Any]]:
-    """What the results hold already, without the cells that are measured again."""
+    """The rows of the results file, without the cells that are measured again."""
     known = json.loads((RESULTS / f"{arguments.name}.json").read_text())
     return [row for row in known["rows"] if _cell(row) not in again]
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [128256, 151936, 262144] if cuda else [32000, 128256]
+    sizes = [128256, 151936, 262144] if CUDA else [32000, 128256]
     parser.add_argument("--vocabulary", type=int, nargs="+", default=sizes)
-    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["bf16"] if cuda else ["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["bf16"] if CUDA else ["fp32", "bf16"])
     parser.add_argument("--head", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
-    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 8] if cuda else [2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096] if cuda else [512])
-    parser.add_argument("--hidden", type=int, default=4096 if cuda else 512)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 8] if CUDA else [2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096] if CUDA else [512])
+    parser.add_argument("--hidden", type=int, default=4096 if CUDA else 512)
     parser.add_argument("--peers", nargs="+", default=None, choices=[*PEERS, *VARIANTS])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="keep the other cells of the results")
@@ -103,7 +96,7 @@ def parse() -> argparse.Namespace:
     if arguments.curve:
         arguments.head = ["trainable"]
     if arguments.name is None:
-        kind = "curve" if arguments.curve else "accuracy" if arguments.accuracy else "gpu" if cuda else "cpu"
+        kind = "curve" if arguments.curve else "accuracy" if arguments.accuracy else "gpu" if CUDA else "cpu"
         arguments.name = f"head_{kind}"
     return arguments
 
@@ -126,8 +119,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "accuracy": arguments.accuracy,
         }
         if arguments.curve:
-            lines = 3 * pairs * tokens // 2
-            everything = int(1.05 * lines * vocabulary * DTYPES[dtype].itemsize) + 40 * 2**20
+            targets = 3 * pairs * tokens // 2
+            everything = int(1.05 * targets * vocabulary * DTYPES[dtype].itemsize) + 40 * 2**20
             yield cell | {"peer": "ours"}
             for budget in (0, *(int(share * everything) for share in (0.25, 0.5, 0.75, 1.0))):
                 yield cell | {"peer": f"ours, budget {budget / 2**20:.0f} MiB", "budget": budget}
@@ -136,28 +129,24 @@ def plan(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def run_child(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """What `measure` prints in a process of its own, or why there is nothing."""
-    command = [sys.executable, __file__, "--child", json.dumps(cell)]
+    """What `measured` returns in a process of its own, or why there is nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        return in_child(__file__, "--child", json.dumps(cell), timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:.0f} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": lines[-1][:200]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[-1][:200]}
 
 
-def measure(cell: dict[str, Any]) -> dict[str, Any]:
+def measured(cell: dict[str, Any]) -> dict[str, Any]:
     """One variant of one cell."""
     peer = ours_with_budget(cell["budget"]) if "budget" in cell else (PEERS | VARIANTS)[cell["peer"]]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if CUDA else "cpu")
     hidden, weight, labels, nll_labels = inputs(cell, device)
     if cell["accuracy"]:
         return distances(peer, hidden, weight, labels, nll_labels)
     step(peer, hidden, weight, labels, nll_labels)
-    meter = GPUMeter() if device.type == "cuda" else CPUMeter()
-    memory, seconds = 0.0, []
+    meter, memory, seconds = Meter(), 0, []
     for repeat in range(cell["repeats"]):
         hidden.grad = weight.grad = None
         meter.start()
@@ -183,16 +172,14 @@ def matrix_rate(cell: dict[str, Any], device: torch.device) -> float:
     """Operations per second (and thread) of the fastest large product of this dtype."""
     from orpo_plugins.kernels.products import times_transposed
 
-    side = 8192 if device.type == "cuda" else 1024
+    side, threads = 8192 if CUDA else 1024, torch.get_num_threads()
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[cell["dtype"]]) for _ in range(2))
-    meter = GPUMeter() if device.type == "cuda" else CPUMeter()
-    best = float("inf")
-    for product in (lambda: left @ right.T, lambda: times_transposed(left, right)):
-        for _ in range(10):
-            meter.start()
-            product()
-            best = min(best, meter.stop()[0])
-    return 2.0 * side**3 / best
+    timers = [
+        benchmark.Timer("product()", globals={"product": product}, timer=now, num_threads=threads)
+        for product in (lambda: left @ right.T, lambda: times_transposed(left, right))
+    ]
+    best = min(min(timer.blocked_autorange(min_run_time=0.5).times) for timer in timers)
+    return 2.0 * side**3 / best * (1 if CUDA else threads)
 
 
 def inputs(cell: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -238,45 +225,6 @@ def distances(
     return result
 
 
-class CPUMeter:
-    """Process-CPU seconds per thread, and peak resident bytes above the start."""
-
-    def start(self) -> None:
-        """Gives freed memory back to the system, so that the peak does not hide in it."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        self.resident, self.began = self._status("VmRSS"), time.process_time()
-
-    def stop(self) -> tuple[float, float]:
-        """(seconds, bytes)."""
-        seconds = (time.process_time() - self.began) / torch.get_num_threads()
-        return seconds, self._status("VmHWM") - self.resident
-
-    def _status(self, key: str) -> float:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return float(line.split()[1]) * 1024
-
-
-class GPUMeter:
-    """Elapsed seconds between device events, and peak allocated bytes above the start."""
-
-    def start(self) -> None:
-        """Waits for the device and resets its counters."""
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self.allocated = torch.cuda.memory_allocated()
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.begin.record()
-
-    def stop(self) -> tuple[float, float]:
-        """(seconds, bytes)."""
-        self.end.record()
-        torch.cuda.synchronize()
-        return self.begin.elapsed_time(self.end) / 1e3, float(torch.cuda.max_memory_allocated() - self.allocated)
-
-
 def describe(row: dict[str, Any]) -> str:
     """One variant in one line."""
     where = f"{row['head']}, {row['vocabulary']} {row['dtype']}, {row['pairs']} x {row['tokens']}, {row['peer']}"
@@ -312,44 +260,15 @@ def _entry(row: dict[str, Any] | None) -> str:
 
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Machine, versions, command and rows, after every variant; for any program of this folder."""
-    RESULTS.mkdir(exist_ok=True)
-    content = {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def machine() -> str:
-    """The GPU, or the CPU's model."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{model[0].split(':')[1].strip() if model else platform.processor()}, {len(model)} cores"
-
-
-def version(package: str) -> str | None:
-    """Installed version, None where absent."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    """The results so far, after every variant."""
+    save(arguments.name, {**about(*PACKAGES), "rows": rows})
 
 
 def plot(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Memory against time, one panel per cell."""
     rows = [row for row in rows if "seconds" in row]
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: pip install matplotlib")
-        return
-    cells = list(dict.fromkeys(_cell(row) for row in rows))
-    if not cells:
+    plt, cells = pyplot(), list(dict.fromkeys(_cell(row) for row in rows))
+    if plt is None or not cells:
         return
     across = min(4, len(cells))
     down = -(-len(cells) // across)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import head
-import torch
+from measure import CUDA, RESULTS, pyplot
 
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 VOCABULARIES = (32000, 64000, 128256, 262144)
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     parser.add_argument("--limit", type=float, default=6.0, help="GiB that one measurement may take")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds per measurement")
-    parser.add_argument("--hidden", type=int, default=4096 if torch.cuda.is_available() else 512)
+    parser.add_argument("--hidden", type=int, default=4096 if CUDA else 512)
     parser.add_argument("--name", default="head_growth", help="stem of the files under benchmarks/results")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -74,8 +74,8 @@ def _scaled(previous: dict[str, Any], cell: dict[str, Any]) -> float:
 
 def returned_mib(cell: dict[str, Any]) -> float:
     """The gradients that every variant has to return."""
-    lines = 2 * cell["pairs"] * cell["tokens"] + (cell["vocabulary"] if cell["head"] == "trainable" else 0)
-    return float(lines * cell["hidden"] * head.DTYPES[cell["dtype"]].itemsize / 2**20)
+    rows = 2 * cell["pairs"] * cell["tokens"] + (cell["vocabulary"] if cell["head"] == "trainable" else 0)
+    return float(rows * cell["hidden"] * head.DTYPES[cell["dtype"]].itemsize / 2**20)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -88,10 +88,8 @@ def describe(row: dict[str, Any]) -> str:
 
 def plot(rows: list[dict[str, Any]], name: str) -> None:
     """Four panels: both heads, both axes."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: pip install matplotlib")
+    plt = pyplot()
+    if plt is None:
         return
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     peers = list(dict.fromkeys(row["peer"] for row in rows))
@@ -112,7 +110,7 @@ def plot(rows: list[dict[str, Any]], name: str) -> None:
             title=f"{kind} head", xlabel=axis, ylabel="MiB beyond inputs and gradients", xscale="log", yscale="log"
         )
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(head.RESULTS / f"{name}.png", dpi=110)
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

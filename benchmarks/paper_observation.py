@@ -7,13 +7,10 @@ odds-ratio term holds the rejected ones back.  Two starts: a model that knows no
 answers of the training rows alike, which knows their language and prefers neither.  From each, the same rows, order
 and steps for every lambda.  Lambda 0 computes the odds ratio without weight, so that all figures exist for it too.
 
-Writes benchmarks/results/paper_observation.json and docs/paper_observation.png.
+Writes benchmarks/results/paper_observation.json and docs/images/paper_observation.png.
 """
 
-import argparse
 import copy
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from politeness import ROOT, small_llama, train_tokenizer
-
-from orpo_plugins import ORPOConfig, ORPOTrainer
+from measure import ROOT, about, pyplot, save
+from politeness import make_trainer, parser, rows_and_tokenizer, small_llama
 
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 FIGURES = ("logps/chosen", "logps/rejected", "log_odds_chosen", "rewards/accuracies", "nll_loss")
@@ -51,24 +47,8 @@ STARTS = {
 def train(model: Any, tokenizer: Any, rows: list[Any], held_out: list[Any] | None, **options: Any) -> list[Any]:
     """Trains `model` in place; the held-out figures before training and every 25 steps."""
     with tempfile.TemporaryDirectory() as folder:
-        args = ORPOConfig(
-            output_dir=folder,
-            max_length=256,
-            per_device_train_batch_size=8,
-            per_device_eval_batch_size=20,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            eval_strategy="no" if held_out is None else "steps",
-            eval_steps=25,
-            eval_on_start=held_out is not None,
-            save_strategy="no",
-            gradient_checkpointing=False,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-            **options,
-        )
-        trainer = ORPOTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+        options["eval_on_start"] = held_out is not None
+        trainer = make_trainer(model, tokenizer, rows, held_out, folder, **options)
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     return [{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in FIGURES}} for entry in history]
@@ -112,16 +92,12 @@ def mean_curve(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 def measure(data: Path, seeds: int) -> dict[str, Any]:
     """All starts, lambdas and seeds."""
-    rows = json.loads(data.read_text())
-    pairs, held_out = rows[:1000], rows[1000:]
-    texts = [row[column] for row in pairs for column in ("instruction", "input", "chosen", "rejected")]
-    tokenizer = train_tokenizer(texts, vocab_size=1000)
+    pairs, held_out, tokenizer = rows_and_tokenizer(data)
     torch.set_num_threads(1)  # a model this small gains nothing from more
     started = time.process_time()
     held_out_curves = {name: curves(start, tokenizer, pairs, held_out, seeds) for name, start in STARTS.items()}
     return {
-        "command": f"python benchmarks/paper_observation.py --seeds {seeds}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **about("torch", "transformers"),
         "cpu_minutes": round((time.process_time() - started) / 60, 2),
         "seeds": seeds,
         "parameters": sum(p.numel() for p in small_llama(len(tokenizer)).parameters()),
@@ -131,11 +107,9 @@ def measure(data: Path, seeds: int) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Per start, chosen and rejected log-probabilities for each lambda, and the log odds ratio of all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return
     figure, grid = plt.subplots(len(STARTS), len(LAMBDAS) + 1, figsize=(17, 6.6))
     for axes, (start, found) in zip(grid, result["held_out"].items(), strict=True):
         for axis, (beta, points), color in zip(axes, found.items(), COLORS, strict=False):
@@ -159,13 +133,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "politeness.json")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--seeds", type=int, default=3)
+    arguments = command.parse_args()
     result = measure(arguments.data, arguments.seeds)
-    (ROOT / "benchmarks" / "results" / "paper_observation.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, ROOT / "docs" / "paper_observation.png")
+    save("paper_observation", result)
+    plot(result, ROOT / "docs" / "images" / "paper_observation.png")
     print(f"{result['cpu_minutes']:.1f} CPU minutes")
 
 

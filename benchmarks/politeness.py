@@ -2,25 +2,24 @@
 
     python benchmarks/politeness.py --data ../shared/data/politeness.json
 
-Writes the curve to benchmarks/results/politeness.json and docs/politeness.png.  The model (Llama-like, from scratch)
-and its tokenizer (byte-level BPE) are made on the spot from the training rows alone.
+Writes the curve to benchmarks/results/politeness.json and docs/images/politeness.png.  The model (Llama-like, from
+scratch) and its tokenizer (byte-level BPE) are made on the spot from the training rows alone.
 """
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from measure import ROOT, about, pyplot, save
+from step_cases import byte_level_bpe
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orpo_plugins import ORPOConfig, ORPOTrainer
 
-ROOT = Path(__file__).parents[1]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,20 +27,18 @@ CHATML = (
 CURVES = ("loss", "nll_loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a ChatML template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+def rows_and_tokenizer(path: Path) -> tuple[list[Any], list[Any], PreTrainedTokenizerFast]:
+    """(1,000 rows for training, the other 100, a ChatML tokenizer made from the former)."""
+    rows = json.loads(path.read_text())
+    train, held_out = rows[:1000], rows[1000:]
+    texts = [row[column] for row in train for column in ("instruction", "input", "chosen", "rejected")]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(texts, 1000, ["<pad>", "<|im_start|>", "<|im_end|>"]),
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", chat_template=CHATML
-    )
+    return train, held_out, tokenizer
 
 
 def small_llama(vocab_size: int) -> LlamaForCausalLM:
@@ -60,46 +57,47 @@ def small_llama(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def make_trainer(
+    model: Any, tokenizer: Any, rows: list[Any], held_out: list[Any] | None, folder: str, **options: Any
+) -> ORPOTrainer:
+    """ORPOTrainer on a CPU, evaluated every 25 steps where rows are held out."""
+    args = ORPOConfig(
+        output_dir=folder,
+        max_length=256,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=20,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        logging_steps=25,
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=25,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        **options,
+    )
+    return ORPOTrainer(model, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+
+
 def run(data: Path, epochs: float, beta: float) -> dict[str, Any]:
-    """Trains, evaluates every 25 steps, and returns the curve."""
-    rows = json.loads(data.read_text())
-    train, held_out = rows[:1000], rows[1000:]
-    texts = [row[column] for row in train for column in ("instruction", "input", "chosen", "rejected")]
-    tokenizer = train_tokenizer(texts, vocab_size=1000)
+    """Trains, evaluates, and returns the curve."""
+    train, held_out, tokenizer = rows_and_tokenizer(data)
     torch.set_num_threads(1)  # a model this small gains nothing from more
     torch.manual_seed(0)
     model = small_llama(len(tokenizer))
+    options = {"beta": beta, "num_train_epochs": epochs, "learning_rate": 2e-3, "weight_decay": 1.0, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        args = ORPOConfig(
-            output_dir=folder,
-            beta=beta,
-            max_length=256,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=8,
-            per_device_eval_batch_size=20,
-            learning_rate=2e-3,
-            weight_decay=1.0,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            logging_steps=25,
-            eval_strategy="steps",
-            eval_steps=25,
-            save_strategy="no",
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to="none",
-            seed=0,
-        )
         started = time.process_time()
-        trainer = ORPOTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+        trainer = make_trainer(model, tokenizer, train, held_out, folder, **options)
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()
         seconds = time.process_time() - started
     history = trainer.state.log_history
     return {
-        "command": f"python benchmarks/politeness.py --epochs {epochs:g} --beta {beta:g}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **about("torch", "transformers"),
         "cpu_minutes": round(seconds / 60, 2),
         "parameters": sum(p.numel() for p in model.parameters()),
         "before": {name: before[f"eval_{name}"] for name in CURVES},
@@ -111,11 +109,9 @@ def run(data: Path, epochs: float, beta: float) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Log-probabilities, margin and accuracy over steps, on the held-out pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return
     points = result["held_out"]
     steps = [point["step"] for point in points]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
@@ -136,16 +132,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """A command line with `--data`."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "politeness.json")
+    return made
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "politeness.json")
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--beta", type=float, default=10.0)
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--epochs", type=float, default=4)
+    command.add_argument("--beta", type=float, default=10.0)
+    arguments = command.parse_args()
     result = run(arguments.data, arguments.epochs, arguments.beta)
-    (ROOT / "benchmarks" / "results" / "politeness.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, ROOT / "docs" / "politeness.png")
+    save("politeness", result)
+    plot(result, ROOT / "docs" / "images" / "politeness.png")
     accuracy, minutes = result["after"]["rewards/accuracies"], result["cpu_minutes"]
     print(f"held-out reward accuracy {accuracy:.2f} (before: {result['before']['rewards/accuracies']:.2f})")
     print(f"{minutes:.1f} CPU minutes for {result['parameters'] / 1e6:.2f} million parameters")

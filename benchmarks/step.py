@@ -10,39 +10,34 @@
 Time from the end of one step to the end of the next: data, forward, backward, clipping and AdamW.  On a CPU it is
 process time (all threads), on a GPU elapsed time.  Every measurement is a process of its own.  Results go to
 benchmarks/results/step-trl<version>.json, one entry per kind of rows (on a GPU step-gpu-trl<version>.json, and with
---longest to longest-trl<version>.json); the plot of steps on a CPU goes to docs/step.png.
+--longest to longest-trl<version>.json); the plot of steps on a CPU goes to docs/images/step.png.
 
 The model is a random Llama, by default 6 layers of 384 and a vocabulary of 32k: fp32 on a CPU, bf16 on a GPU.  Rows
 longer than 1,024 tokens are left out, so that nothing is truncated: TRL's versions truncate differently.
 """
 
 import argparse
+import itertools
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import CUDA, RESULTS, ROOT, about, in_child, peak_bytes, pyplot, save
 from step_cases import FROM_DATA, MODELS, SHAPES, Row, llama, tokenizer_and_rows
+from step_clock import Clock
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 LONGEST = 1024
 PAIRS = 4
 GOALS = {"trainable": 3.2, "frozen": 3.6}
 SHORTEST = 256
 # torch on a CPU and mmap, torch on a GPU, Python, C++, Rust (tokenizers): a step that needs too much ends its process.
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "MemoryError", "bad_alloc", "memory allocation of")
-CUDA = torch.cuda.is_available()
-ACTIVITIES = [torch.profiler.ProfilerActivity.CUDA if CUDA else torch.profiler.ProfilerActivity.CPU]
+PACKAGES = ("torch", "transformers", "trl")
 
 
 def main() -> None:
@@ -65,7 +60,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a measurement, in a process of its own
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(json.loads(arguments.one))))
+        print(json.dumps(measured(json.loads(arguments.one))))
         return
     if arguments.adapter == "lora":
         arguments.head = ["frozen"]
@@ -81,20 +76,19 @@ def main() -> None:
 def compare(rows: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All measurements on one kind of rows."""
     cases = []
-    for head in arguments.head:
-        for checkpointing in arguments.checkpointing:
-            setting = case_of(arguments, rows, head, checkpointing)
-            theirs = spawn({**setting, "trainer": "trl", "layout": "padded"})
-            for layout in arguments.layouts:
-                ours = spawn({**setting, "trainer": "ours", "layout": layout})
-                case = summary(setting, layout, theirs, ours)
-                print(describe(case), flush=True)
-                cases.append(case)
-    return {"cases": cases, **about(arguments)}
+    for head, checkpointing in itertools.product(arguments.head, arguments.checkpointing):
+        setting = setting_of(arguments, rows, head, checkpointing)
+        theirs = spawn({**setting, "trainer": "trl", "layout": "padded"})
+        for layout in arguments.layouts:
+            ours = spawn({**setting, "trainer": "ours", "layout": layout})
+            case = summary(setting, layout, theirs, ours)
+            print(describe(case), flush=True)
+            cases.append(case)
+    return {"cases": cases, **about_run(arguments)}
 
 
-def case_of(arguments: argparse.Namespace, rows: str, head: str, checkpointing: str) -> dict[str, Any]:
-    """What both trainers are told."""
+def setting_of(arguments: argparse.Namespace, rows: str, head: str, checkpointing: str) -> dict[str, Any]:
+    """The setting that both trainers run in."""
     return {
         "rows": rows,
         "data": str(arguments.data) if arguments.data else None,
@@ -117,17 +111,16 @@ def find_longest(arguments: argparse.Namespace) -> dict[str, Any]:
     if not CUDA and arguments.limit is None:
         raise SystemExit("--longest needs --limit GIB on a CPU, where nothing else says what fits")
     cases = []
-    for head in arguments.head:
-        for checkpointing in arguments.checkpointing:
-            setting = case_of(arguments, "longest", head, checkpointing) | {"steps": 1, "pairs": 1}
-            setting["limit"] = arguments.limit
-            found = {
-                "trl": longest_of(setting | {"trainer": "trl", "layout": "padded"}),
-                "ours": longest_of(setting | {"trainer": "ours", "layout": "auto"}),
-            }
-            print(f"head {head}, checkpointing {checkpointing}: {found['trl']} -> {found['ours']} tokens", flush=True)
-            cases.append({"head": head, "checkpointing": checkpointing == "on", **found})
-    return {"cases": cases, "limit_gib": arguments.limit, **about(arguments)}
+    for head, checkpointing in itertools.product(arguments.head, arguments.checkpointing):
+        setting = setting_of(arguments, "longest", head, checkpointing)
+        setting |= {"steps": 1, "pairs": 1, "limit": arguments.limit}
+        found = {
+            "trl": longest_of(setting | {"trainer": "trl", "layout": "padded"}),
+            "ours": longest_of(setting | {"trainer": "ours", "layout": "auto"}),
+        }
+        print(f"head {head}, checkpointing {checkpointing}: {found['trl']} -> {found['ours']} tokens", flush=True)
+        cases.append({"head": head, "checkpointing": checkpointing == "on", **found})
+    return {"cases": cases, "limit_gib": arguments.limit, **about_run(arguments)}
 
 
 def longest_of(setting: dict[str, Any]) -> int:
@@ -187,16 +180,12 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def spawn(setting: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process."""
-    command = [sys.executable, str(Path(__file__)), "--one", json.dumps(setting)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setting["threads"]), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise RuntimeError(f"{setting} failed:\n{result.stderr[-3000:]}")
-    return dict(json.loads(result.stdout.strip().splitlines()[-1]))
+    """`measured` in a fresh process."""
+    environment = {"OMP_NUM_THREADS": str(setting["threads"]), "HF_HUB_OFFLINE": "1"}
+    return in_child(__file__, "--one", json.dumps(setting), **environment)
 
 
-def measure(setting: dict[str, Any]) -> dict[str, Any]:
+def measured(setting: dict[str, Any]) -> dict[str, Any]:
     """Trains for a few steps and returns their times, losses and a profile of one more step."""
     torch.set_num_threads(setting["threads"])
     if setting.get("limit"):
@@ -211,26 +200,11 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": clock.seconds[setting["warm"] : setting["warm"] + setting["steps"]],
         "losses": losses[:3],
-        "peak_mib": peak_mib(),
+        "peak_mib": peak_bytes() // 2**20,
         "profile": clock.shares,
         "layout": getattr(getattr(trainer.data_collator, "layout", None), "name", "padded"),
         **clock.token_counts(),
     }
-
-
-def now() -> float:
-    """Process time on a CPU, elapsed time on a GPU once it has done all that was asked."""
-    if not CUDA:
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_mib() -> int:
-    """Resident memory at its highest, on a GPU what torch has allocated there."""
-    if CUDA:
-        return int(torch.cuda.max_memory_allocated() // 2**20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def make_trainer(setting: dict[str, Any], model: Any, tokenizer: Any, rows: list[Row], folder: str) -> Any:
@@ -245,157 +219,46 @@ def make_trainer(setting: dict[str, Any], model: Any, tokenizer: Any, rows: list
         from orpo_plugins import ORPOConfig, ORPOTrainer
 
         own = {name: setting[name] for name in ("layout", "memory_budget")} | {"nll_normalization": "microbatch"}
-    peft_config = None
-    if setting["adapter"] == "lora":
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    args = ORPOConfig(
-        output_dir=folder,
-        per_device_train_batch_size=setting["pairs"],
-        max_length=setting["longest"],
-        max_steps=setting["steps"] + setting["warm"] + 1,
-        torch_compile=setting["compile"],
-        learning_rate=1e-4,
-        gradient_checkpointing=setting["checkpointing"],
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=not CUDA,
-        dataloader_drop_last=True,
-        bf16=CUDA,
-        disable_tqdm=True,
-        seed=0,
-        **own,
-    )
     return ORPOTrainer(
         model=model,
-        args=args,
+        args=ORPOConfig(**training_arguments(setting, folder), **own),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=peft_config,
+        peft_config=lora() if setting["adapter"] == "lora" else None,
     )
 
 
-class Clock:
-    """CPU seconds from one step's end to the next; the last step runs under a profiler instead."""
-
-    def __init__(self, trainer: Any) -> None:
-        from transformers import TrainerCallback
-
-        self.seconds: list[float] = []
-        self.shares: dict[str, float] = {}
-        self.batches: list[tuple[int, int]] = []
-        self._last = 0.0
-        clock = self
-
-        class Callback(TrainerCallback):  # type: ignore[misc]
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clock._last = now()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                end = now()
-                clock.seconds.append(end - clock._last)
-                clock._last = end
-                if state.global_step == state.max_steps - 1:
-                    clock._profiler = torch.profiler.profile(activities=ACTIVITIES)
-                    clock._profiler.start()
-                elif state.global_step == state.max_steps:
-                    clock._profiler.stop()
-                    clock.shares = shares(clock._profiler)
-
-        trainer.add_callback(Callback())
-        self._count_batches(trainer)
-
-    def _count_batches(self, trainer: Any) -> None:
-        collate = trainer.data_collator
-        clock = self
-
-        class Counting(type(collate)):  # type: ignore[misc]
-            def __call__(self, features: Any) -> Any:
-                clock.batches.append(token_counts(features))
-                return super().__call__(features)
-
-        collate.__class__ = Counting
-
-    def token_counts(self) -> dict[str, int]:
-        """Tokens that a padded batch holds, and those that a shared one does, over all batches."""
-        return {
-            "tokens": sum(padded for padded, _ in self.batches),
-            "distinct_tokens": sum(distinct for _, distinct in self.batches),
-        }
-
-
-def token_counts(features: list[dict[str, Any]]) -> tuple[int, int]:
-    """(padded, distinct) tokens of tokenized rows."""
-    sides = [row["chosen_input_ids"] for row in features] + [row["rejected_input_ids"] for row in features]
-    distinct = 0
-    for row in features:
-        chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
-        shorter = min(len(chosen), len(rejected))
-        shared = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
-        distinct += len(chosen) + len(rejected) - shared
-    return len(sides) * max(map(len, sides)), distinct
-
-
-def shares(profiler: Any) -> dict[str, float]:
-    """Where a step's CPU time goes: share of each kind of operation, by its own time."""
-    kinds = {
-        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "mkldnn"),
-        "attention": ("flash_attention", "scaled_dot_product"),
-        "copies": (
-            "aten::copy_",
-            "aten::cat",
-            "aten::index",
-            "aten::clone",
-            "aten::contiguous",
-            "aten::fill_",
-            "zero_",
-        ),
-        "softmax, exp, log": ("softmax", "aten::exp", "aten::log", "logsumexp", "aten::gather"),
-        "optimizer and clipping": (
-            "foreach",
-            "fused_adam",
-            "Optimizer",
-            "adamw",
-            "addcdiv",
-            "addcmul",
-            "lerp",
-            "linalg_vector_norm",
-        ),
-    }
-    events = profiler.key_averages()
-    own = "self_device_time_total" if CUDA else "self_cpu_time_total"
-    total = sum(getattr(event, own) for event in events) or 1
-    found = dict.fromkeys([*kinds, "elementwise and rest"], 0.0)
-    for event in events:
-        kind = next((k for k, names in kinds.items() if any(n in event.key for n in names)), "elementwise and rest")
-        found[kind] += getattr(event, own) / total
-    return {kind: round(share, 3) for kind, share in found.items()}
-
-
-def about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command and the machine."""
-    import transformers
-    import trl
-
-    words = ["python", "benchmarks/step.py", *(Path(a).name if a.endswith(".json") else a for a in sys.argv[1:])]
+def training_arguments(setting: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What both trainers take."""
     return {
-        "command": " ".join(words),
-        "steps": arguments.steps,
-        "threads": arguments.threads,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
-        "machine": torch.cuda.get_device_name()
-        if CUDA
-        else f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "output_dir": folder,
+        "per_device_train_batch_size": setting["pairs"],
+        "max_length": setting["longest"],
+        "max_steps": setting["steps"] + setting["warm"] + 1,
+        "torch_compile": setting["compile"],
+        "learning_rate": 1e-4,
+        "gradient_checkpointing": setting["checkpointing"],
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": not CUDA,
+        "dataloader_drop_last": True,
+        "bf16": CUDA,
+        "disable_tqdm": True,
+        "seed": 0,
     }
 
 
-def processor() -> str:
-    """The CPU's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def lora() -> Any:
+    """LoRA on all linear layers but the head."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def about_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What stands beside the cases."""
+    return {**about(*PACKAGES), "steps": arguments.steps, "threads": arguments.threads}
 
 
 def label(arguments: argparse.Namespace, rows: str = "half prompt, half answer") -> str:
@@ -407,19 +270,17 @@ def label(arguments: argparse.Namespace, rows: str = "half prompt, half answer")
 
 
 def record(kind: str, name: str, result: dict[str, Any]) -> None:
-    """Puts one entry into the file of the TRL version at hand."""
-    path = RESULTS / f"{kind}-{'gpu-' if CUDA else ''}trl{result['versions']['trl']}.json"
+    """Adds one entry to the file of the TRL version at hand."""
+    stem = f"{kind}-{'gpu-' if CUDA else ''}trl{result['versions']['trl']}"
+    path = RESULTS / f"{stem}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**known, name: result}, indent=1) + "\n")
+    save(stem, {**known, name: result})
 
 
 def plot() -> None:
-    """docs/step.png from all result files; nothing where matplotlib is absent."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: pip install matplotlib")
+    """docs/images/step.png from all result files; nothing where matplotlib is absent."""
+    plt = pyplot()
+    if plt is None:
         return
     bars = list(_bars())
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(bars)))
@@ -432,7 +293,7 @@ def plot() -> None:
     axes.margins(x=0.15)
     axes.set_xlabel("times cheaper than TRL (black: tokens alone)")
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "step.png", dpi=120, bbox_inches="tight")
+    figure.savefig(ROOT / "docs" / "images" / "step.png", dpi=120, bbox_inches="tight")
 
 
 def _bars() -> Iterator[tuple[str, float, float]]:

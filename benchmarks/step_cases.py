@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import CUDA
 
 VOCABULARY = 32_000
 MODELS = {
@@ -40,16 +41,15 @@ def llama(setting: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.utils import is_flash_attn_2_available
 
-    cuda = torch.cuda.is_available()
     torch.manual_seed(0)
     shape = {"vocab_size": VOCABULARY, **MODELS[setting["model"]]}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(**shape, **special, max_position_embeddings=max(2048, setting["longest"]))
-    with torch.device("cuda" if cuda else "cpu"):
+    with torch.device("cuda" if CUDA else "cpu"):
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=torch.bfloat16 if cuda else torch.float32,
-            attn_implementation="flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa",
+            dtype=torch.bfloat16 if CUDA else torch.float32,
+            attn_implementation="flash_attention_2" if CUDA and is_flash_attn_2_available() else "sdpa",
         )
     model.get_output_embeddings().weight.requires_grad_(setting["head"] == "trainable")
     return model
@@ -65,7 +65,7 @@ def tokenizer_and_rows(setting: dict[str, Any]) -> tuple[Any, list[Row]]:
         # Half prompt and half answer where a length is asked for; 8 for BOS, EOS and what splits at a border.
         half = setting["longest"] // 2 - 8
         rows = made_up_rows(*SHAPES.get(setting["rows"], (half, half)), even=setting["rows"] not in SHAPES)
-    inner = train_tokenizer([text for row in rows for text in row.values()])
+    inner = byte_level_bpe([text for row in rows for text in row.values()], VOCABULARY, ["<pad>", "<s>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10**6
     )
@@ -79,16 +79,16 @@ def tokenizer_and_rows(setting: dict[str, Any]) -> tuple[Any, list[Row]]:
     return tokenizer, [row for row in rows if wanted(row)]
 
 
-def train_tokenizer(texts: list[str]) -> Any:
-    """Byte-level BPE of at most the model's vocabulary."""
+def byte_level_bpe(texts: list[str], vocab_size: int, special_tokens: list[str]) -> Any:
+    """A tokenizer of at most `vocab_size` tokens, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>"],
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo_plugins.errors import BatchError
 from orpo_plugins.hooks.types import HeadOptions, Objective
-from orpo_plugins.kernels.linear import check_labels
+from orpo_plugins.kernels.linear import check_labels, check_shapes
 from orpo_plugins.kernels.run import run_kernel
 from orpo_plugins.objective import log_odds, odds_ratio_loss
 from orpo_plugins.targets import Targets
@@ -52,7 +51,7 @@ class FusedLinearORPOLoss(nn.Module):
         bias: Tensor | None = None,
         nll_target: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and its figures.
+        """The loss and its metrics.
 
         Args:
             lin_weight: [V, H].
@@ -65,10 +64,15 @@ class FusedLinearORPOLoss(nn.Module):
             (loss, (chosen_logps [B], rejected_logps [B], chosen_logits_mean, rejected_logits_mean, nll_loss,
             chosen_rewards [B], rejected_rewards [B], log_odds_ratio, log_odds_chosen)); what has no shape here is a
             scalar.  Logit means are over all B * T positions, ignored ones included.
+
+        Raises:
+            BatchError: shapes, dtypes or devices that do not fit together, a token outside 0..V-1, an empty answer.
         """
-        self._check(lin_weight, _input, target, nll_target)
         pairs = target.shape[0] // 2
-        targets = self._predictions(target, target[:pairs] if nll_target is None else nll_target[:pairs])
+        nll_target = (target if nll_target is None else nll_target)[:pairs]
+        names = ("_input", "lin_weight", "target", "nll_target")
+        check_shapes(_input, lin_weight, target, nll_target, bias, names=names)
+        targets = self._targets(target, nll_target)
         check_labels(targets, target.shape[1], lin_weight.shape[0])
         result = run_kernel(
             "auto", _input.flatten(0, 1), lin_weight, bias, targets, self._objective(targets), HeadOptions()
@@ -94,44 +98,30 @@ class FusedLinearORPOLoss(nn.Module):
             pair_loss=lambda pairs: odds_ratio_loss(pairs, beta=self.beta, odds_temperature=1.0).mean(),
         )
 
-    def _predictions(self, target: Tensor, nll_target: Tensor) -> Targets:
-        """The table; unlike `linear_orpo_loss`, liger-kernel lets the NLL ask a position for another token."""
+    def _targets(self, target: Tensor, nll_target: Tensor) -> Targets:
+        """The table of targets.
+
+        Unlike `linear_orpo_loss`, liger-kernel lets the NLL expect another token of a position than the answer does.
+        Such a position has two targets.
+        """
         pairs, length = target.shape[0] // 2, target.shape[1]
         nll = torch.full_like(target, self.ignore_index)
         if self.compute_nll_loss:
             nll[:pairs] = nll_target
-        agreed = torch.where(nll == target, nll, self.ignore_index)
-        alone = torch.where(nll == target, self.ignore_index, nll)
+        in_both = (nll == target) & (nll != self.ignore_index)
+        nll_alone = torch.where(nll == target, self.ignore_index, nll)
         order = torch.arange(2 * pairs, device=target.device).view(2, pairs).T.reshape(-1)
-        tokens = torch.stack([target, alone], dim=1)[order]  # [2B, 2, T], pair by pair
-        sequence, kind, position = (tokens != self.ignore_index).nonzero(as_tuple=True)
-        tokens, sequence = tokens[sequence, kind, position], order[sequence]
+        tokens = torch.stack([target, nll_alone], dim=1)[order]  # [2B, 2, T], pair by pair
+        row, kind, position = (tokens != self.ignore_index).nonzero(as_tuple=True)
+        sequence = order[row]
         return Targets(
             positions=sequence * length + position,
-            token_ids=tokens,
+            token_ids=tokens[row, kind, position],
             sequence_ids=sequence,
             in_answer=kind == 0,
-            in_nll=(kind == 1) | (agreed != self.ignore_index)[sequence, position],
+            in_nll=(kind == 1) | in_both[sequence, position],
             num_pairs=pairs,
         )
-
-    @staticmethod
-    def _check(lin_weight: Tensor, _input: Tensor, target: Tensor, nll_target: Tensor | None) -> None:
-        if _input.ndim != 3 or _input.shape[0] % 2 or target.shape != _input.shape[:2]:
-            raise BatchError(
-                f"_input has shape {tuple(_input.shape)} and target {tuple(target.shape)}: expected [2B, T, H] and "
-                "[2B, T], chosen rows before rejected ones"
-            )
-        if lin_weight.shape[1] != _input.shape[2]:
-            raise BatchError(
-                f"lin_weight has shape {tuple(lin_weight.shape)} and _input {tuple(_input.shape)}: "
-                "their last dimensions must agree. The weight comes first in this call"
-            )
-        if nll_target is not None and (len(nll_target) < len(target) // 2 or nll_target.shape[1:] != target.shape[1:]):
-            raise BatchError(
-                f"nll_target has shape {tuple(nll_target.shape)}: expected that of target, {tuple(target.shape)}, "
-                "or its chosen half"
-            )
 
 
 @torch.no_grad()

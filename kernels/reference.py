@@ -1,7 +1,7 @@
 """The obvious head: all logits at once, log-softmax in fp32, autograd for everything.
 
-What every other kernel is compared with, and the way out for a model whose logits are not simply
-`scale * (hidden @ weight.T + bias)`.
+Every other kernel is compared with it.  It also serves models whose logits are no simple function of
+`hidden @ weight.T + bias`, through `objective_of_logits`.
 """
 
 import sys
@@ -44,7 +44,7 @@ def reference_head(
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
-    """See `KernelFunction`; the arithmetic in one place."""
+    """See `KernelFunction`.  Memory: several matrices [N, V], in the dtype of `hidden` and in fp32."""
     hidden = hidden.index_select(0, targets.positions)
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     return objective_of_logits(transform_logits(logits, options), targets, objective)
@@ -70,9 +70,10 @@ def objective_of_logits(logits: Tensor, targets: Targets, objective: Objective) 
 def combine(logps: Tensor, targets: Targets, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, NLL, mean log-probabilities [2B]) from per-target log-probabilities [N]; differentiable in `logps`."""
     lengths = targets.answer_lengths()
-    # Nothing over nothing, where a pair has no rejected answer, must not become NaN: it would get into the gradient.
+    # 0 / 1 and not 0 / 0 where a pair has no rejected answer: NaN would get into the gradient of all targets.
     means = targets.sum_by_sequence(logps * targets.in_answer) / lengths.clamp(min=1)
-    widest = logps.dtype if logps.device.type == "mps" else torch.float64  # which has no fp64
+    # In fp64 where there is one (MPS has none): the sum runs over all tokens of a batch.
+    widest = logps.dtype if logps.device.type == "mps" else torch.float64
     nll = -(objective.nll_weights * logps).sum(dtype=widest).to(logps.dtype)
     (chosen, rejected), (chosen_lengths, rejected_lengths) = means.view(2, -1), lengths.view(2, -1)
     pairs = PairLogps(

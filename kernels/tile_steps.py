@@ -1,4 +1,8 @@
-"""From products of hidden states and weight to softmax terms and back: the arithmetic on one tile of logits."""
+"""The arithmetic on one tile: from products of hidden states and weight to softmax terms and back.
+
+Logits are in base 2: l = log2(e) * logit, so that 2^l = e^logit.  Two reasons: exp2 is faster than exp, and with a
+running maximum that is an integer every rescaling of sums multiplies by a power of two, which rounds nothing.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,16 +13,19 @@ from torch import Tensor
 
 from orpo_plugins.hooks.types import HeadOptions
 
+_INVERTIBLE = 0.99
+"""Largest |tanh| that `Transform.inverse` inverts: it is needed approximately alone, and atanh(1) is infinite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """How products h @ w become logits in base 2: `factor * x`, or `factor * tanh(inner * x)` with a soft-cap."""
+    """How x = hidden @ weight.T + bias becomes base-2 logits: factor * x; factor * tanh(inner * x) with a soft-cap."""
 
     factor: float
     inner: float | None
 
     @classmethod
-    def of(cls, options: HeadOptions) -> "Transform":
+    def from_options(cls, options: HeadOptions) -> "Transform":
         """From scale and soft-cap."""
         log2_e = 1 / math.log(2)
         if options.softcap is None:
@@ -27,27 +34,32 @@ class Transform:
 
     @property
     def derivative(self) -> float:
-        """d logit / d product, in base e, at the origin: what remains of J when tanh's own slope is taken out."""
+        """d logit / d x, in base e, at x = 0: J is this times the slope of tanh."""
         return self.factor * (self.inner or 1.0) * math.log(2)
 
-    def products_near(self, running_max: Tensor) -> Tensor:
-        """Products whose logits are about `running_max`."""
-        softcapped = running_max / self.factor
-        return softcapped if self.inner is None else softcapped.clamp_(-0.99, 0.99).atanh_() / self.inner
+    def inverse(self, logits: Tensor) -> Tensor:
+        """x of base-2 logits, approximately."""
+        unscaled = logits / self.factor
+        if self.inner is None:
+            return unscaled
+        return unscaled.clamp_(-_INVERTIBLE, _INVERTIBLE).atanh_() / self.inner
 
 
 @dataclass(kw_only=True, eq=False)
 class OnlineSoftmax:
-    """The state of the online softmax of some targets, updated in place; all [targets], fp32 or fp64."""
+    """The state of the online softmax (Milakov and Gimelshein 2018) of some targets; [targets], fp32 or fp64.
+
+    `TileSteps.scan` updates it in place.
+    """
 
     running_max: Tensor
-    """The running maximum of the base-2 logits, rounded up."""
+    """The largest base-2 logit so far, rounded up to an integer."""
     exp_sum: Tensor
-    """Sum of 2^(logit - running_max) over the entries seen so far, the target's own token left out."""
+    """Sum of 2^(logit - running_max) over the entries seen so far, without the target's own token."""
     logit_sum: Tensor | None
     """Sum of logits / factor, where means are asked for."""
 
-    def of(self, targets: slice) -> "OnlineSoftmax":
+    def part(self, targets: slice) -> "OnlineSoftmax":
         """Views of some targets."""
         logit_sum = None if self.logit_sum is None else self.logit_sum[targets]
         return OnlineSoftmax(running_max=self.running_max[targets], exp_sum=self.exp_sum[targets], logit_sum=logit_sum)
@@ -58,9 +70,9 @@ class Tile:
     """Products of some targets' hidden states and vocabulary entries, and what makes logits of them."""
 
     products: Tensor
-    """hidden @ weight.T less `center`; it is overwritten."""
+    """hidden @ weight.T - center; it is overwritten."""
     center: Tensor | None
-    """[targets]: what was subtracted from the products of each target."""
+    """[targets]: what was subtracted from the products of each target; see `Operands.center`."""
     bias: Tensor | None
     """[columns]."""
     target_columns: Tensor
@@ -73,35 +85,37 @@ class TileSteps(Protocol):
 
     takes_centers: bool
     """Whether tiles may have a `center`."""
-    widens: bool
+    fp32_products: bool
     """Whether 16-bit operands are to be multiplied in fp32."""
 
     def scan(self, tile: Tile, running: OnlineSoftmax, out: Tensor | None) -> Tensor:
         """Takes a tile [targets, columns] into `running`; writes exp_logits * slope, zero at the target, to `out`.
 
-        `out` may be `tile.products`.  Returns [targets]: the power of two by which a new maximum shrinks what was
-        accumulated before.
+        `out` may be `tile.products`.  Returns `rescale` [targets], the power of two that brings earlier sums from the
+        old running maximum to the new one.
         """
 
-    def gradient(self, tile: Tile, running_max: Tensor, at_target: Tensor, coefficients: Tensor, out: Tensor) -> None:
-        """From a tile [columns, targets]: exp_logits * slope, `at_target` at the targets' tokens, times `coefficients`.
+    def gradient(
+        self, tile: Tile, running_max: Tensor, target_entry: Tensor, coefficients: Tensor, out: Tensor
+    ) -> None:
+        """Writes coefficients * (exp_logits * slope, or `target_entry` at the targets' tokens) of a tile to `out`.
 
-        The three are [targets]; the result goes to `out`, which may be `tile.products`.
+        The tile lies transposed, [columns, targets]; the other three are [targets].  `out` may be `tile.products`.
         """
 
 
-class EagerSteps:
+class TorchSteps:
     """`TileSteps` in plain PyTorch: in-place passes over a tile that fits the cache."""
 
     takes_centers = True
 
-    def __init__(self, *, widens: bool = False) -> None:
-        self.widens = widens
+    def __init__(self, *, fp32_products: bool = False) -> None:
+        self.fp32_products = fp32_products
         self._memory: Tensor | None = None
 
     def _wide(self, products: Tensor) -> Tensor:
         """`products` in fp32 (or fp64): itself, or a copy in memory that is used again for the next tile."""
-        # Tiles of new memory would be handed back to the system and faulted in again one by one.
+        # A new buffer per tile would be handed back to the system and faulted in again, page by page.
         if products.dtype.itemsize > 2:
             return products
         if self._memory is None or self._memory.numel() < products.numel() or self._memory.device != products.device:
@@ -109,80 +123,90 @@ class EagerSteps:
         return self._memory[: products.numel()].view(products.shape).copy_(products)
 
     def scan(self, tile: Tile, running: OnlineSoftmax, out: Tensor | None) -> Tensor:
-        """See `TileSteps`."""
+        """See `TileSteps`.
+
+        1. logits, up to factor and offset
+        2. the new running maximum, and what it rescales earlier sums by
+        3. exponentials, without the target's own
+        4. their sum, and the slope of the soft-cap for the gradient
+        """
         transform = tile.transform
-        wide, slope, origin = _softcap(
-            self._wide(tile.products), _across(tile.center, 1), _across(tile.bias, 0), transform
+        unscaled, slope, offset = _unscaled_logits(
+            self._wide(tile.products), _unsqueezed(tile.center, 1), _unsqueezed(tile.bias, 0), transform
         )
         if running.logit_sum is not None:
-            running.logit_sum += wide.sum(1)
-            if origin is not None:
-                running.logit_sum += origin[:, 0] * wide.shape[1]
-        highest = wide.amax(1) if origin is None else wide.amax(1).add_(origin[:, 0])
+            running.logit_sum += unscaled.sum(1)
+            if offset is not None:
+                running.logit_sum += offset[:, 0] * unscaled.shape[1]
+        highest = unscaled.amax(1) if offset is None else unscaled.amax(1).add_(offset[:, 0])
         running_max = torch.maximum(running.running_max, highest.mul_(transform.factor).ceil_())
-        shrink = torch.exp2(running.running_max - running_max)
-        powers = _powers(wide, origin, running_max[:, None], transform)
-        scatter_targets(powers, 1, tile.target_columns, 0.0)
-        running.exp_sum.mul_(shrink).add_(powers.sum(1))
+        rescale = torch.exp2(running.running_max - running_max)
+        exp_logits = _exp_logits(unscaled, offset, running_max[:, None], transform)
+        scatter_targets(exp_logits, 1, tile.target_columns, 0.0)
+        running.exp_sum.mul_(rescale).add_(exp_logits.sum(1))
         running.running_max.copy_(running_max)
         if slope is not None:
-            powers *= slope
-        if out is not None and out is not powers:
-            out.copy_(powers)
-        return shrink
+            exp_logits *= slope
+        if out is not None and out is not exp_logits:
+            out.copy_(exp_logits)
+        return rescale
 
-    def gradient(self, tile: Tile, running_max: Tensor, at_target: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    def gradient(
+        self, tile: Tile, running_max: Tensor, target_entry: Tensor, coefficients: Tensor, out: Tensor
+    ) -> None:
         """See `TileSteps`."""
         transform = tile.transform
-        wide, slope, origin = _softcap(
-            self._wide(tile.products), _across(tile.center, 0), _across(tile.bias, 1), transform
+        unscaled, slope, offset = _unscaled_logits(
+            self._wide(tile.products), _unsqueezed(tile.center, 0), _unsqueezed(tile.bias, 1), transform
         )
-        powers = _powers(wide, origin, running_max[None, :], transform).mul_(coefficients)
+        entries = _exp_logits(unscaled, offset, running_max[None, :], transform).mul_(coefficients)
         if slope is not None:
-            powers *= slope
-        scatter_targets(powers, 0, tile.target_columns, at_target * coefficients)
-        if out is not powers:
-            out.copy_(powers)
+            entries *= slope
+        scatter_targets(entries, 0, tile.target_columns, target_entry * coefficients)
+        if out is not entries:
+            out.copy_(entries)
 
 
-def _across(values: Tensor | None, dim: int) -> Tensor | None:
-    """A row (0) or a column (1)."""
+def _unsqueezed(values: Tensor | None, dim: int) -> Tensor | None:
     return None if values is None else values.unsqueeze(dim)
 
 
-def _softcap(
-    products: Tensor, offset: Tensor | None, bias: Tensor | None, transform: Transform
+def _unscaled_logits(
+    products: Tensor, center: Tensor | None, bias: Tensor | None, transform: Transform
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(softcapped, tanh's slope there, what is still to be added to softcapped), in place.
+    """(unscaled, slope of tanh, offset), in place, with logits = factor * (unscaled + offset).
 
-    softcapped is offset + products + bias; with a soft-cap tanh(inner * ...) of it.
+    x = products + center + bias; unscaled + offset = x, or tanh(inner * x) with a soft-cap.
     """
     if bias is not None:
         products += bias
     if transform.inner is None:
-        return products, None, offset  # adding the offset can wait for an operation on [targets] numbers
-    if offset is not None:
-        products += offset
+        return products, None, center  # added later, to [targets] numbers and not to a tile
+    if center is not None:
+        products += center
     products.mul_(transform.inner)
     slope = products.cosh().reciprocal_().square_()  # 1 - tanh^2 has no digits left where tanh is close to 1
     return products.tanh_(), slope, None
 
 
-def _powers(softcapped: Tensor, origin: Tensor | None, running_max: Tensor, transform: Transform) -> Tensor:
-    """2^(factor * (origin + softcapped) - running_max), in place."""
-    shift = -running_max if origin is None else origin * transform.factor - running_max
-    # One fused multiply-add.  Base 2, because torch.exp may take twenty times as long as torch.exp2 (MKL on AMD).
-    return torch.add(shift, softcapped, alpha=transform.factor, out=softcapped).exp2_()
+def _exp_logits(unscaled: Tensor, offset: Tensor | None, running_max: Tensor, transform: Transform) -> Tensor:
+    """2^(factor * (unscaled + offset) - running_max), in place."""
+    shift = -running_max if offset is None else offset * transform.factor - running_max
+    # One fused multiply-add.  torch.exp may take twenty times as long as torch.exp2 (MKL on AMD).
+    return torch.add(shift, unscaled, alpha=transform.factor, out=unscaled).exp2_()
 
 
-def softcapped_targets(products: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor | None]:
+def target_logits(products: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor | None]:
     """(base-2 logits, tanh's slope with a soft-cap) of the targets' own products [N], in place."""
-    softcapped, slope, _ = _softcap(products, None, bias, transform)
-    return softcapped.mul_(transform.factor), slope
+    unscaled, slope, _ = _unscaled_logits(products, None, bias, transform)
+    return unscaled.mul_(transform.factor), slope
 
 
 def scatter_targets(tile: Tensor, dim: int, target_columns: Tensor, values: Tensor | float) -> None:
-    """tile[t, targets[t]] = values[t], or tile[targets[t], t] for dim 0; nothing for targets outside of the tile."""
+    """Writes values[t] at each target's token; nothing where the token lies outside of the tile.
+
+    tile[t, target_columns[t]] = values[t] for dim 1, tile[target_columns[t], t] = values[t] for dim 0.
+    """
     width = tile.shape[dim]
     inside = ((target_columns >= 0) & (target_columns < width)).unsqueeze(dim)
     index = target_columns.clamp(0, width - 1).unsqueeze(dim)

@@ -1,4 +1,23 @@
-"""How the fused head cuts its work, and how much of it is kept."""
+"""How the fused head cuts the logits [N, V] into tiles, and how many tiles it keeps.
+
+A tile is some targets times some entries of the vocabulary (columns): as many logits as are in memory at once.
+
+                    columns
+                  +--------+--------+--------+--------+--------+--------+
+          targets |   1    |   2    |   3    |   4    |   5    |   6    |  a band
+                  +--------+--------+--------+--------+--------+--------+
+        N targets |   7    |   8    |   9    |   10   |   11   |   12   |
+                  +--------+--------+--------+--------+--------+--------+
+                  |   13   |   14   |   15   |   16   |   17   |   18   |
+                  +--------+--------+--------+--------+--------+--------+
+                  |<----- kept ---->|<--- a strip --->|<--- a strip --->|
+                                V entries of the vocabulary
+
+The scan (`scan.py`) reads the tiles in the order of their numbers, band by band, because the softmax of a target needs
+the target's whole row.  The weight's gradient (`weight_gradient.py`) needs all targets for each vocabulary entry.  So
+it takes the first columns from tiles that the scan has kept.  The other columns it goes through strip by strip, and
+computes their tiles again, in tiles of another size.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +26,10 @@ import torch
 from torch import Tensor
 
 from orpo_plugins.hooks.types import HeadOptions
-from orpo_plugins.kernels.products import SUMMED, working_dtype
+from orpo_plugins.kernels.products import TERMS_PER_BLOCK, working_dtype
+
+_KEPT_BY_DEFAULT = 2.5
+"""Memory for kept tiles, as a multiple of the weight's gradient in 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,77 +40,77 @@ class Tiling:
     """Targets per tile of the scan; their hidden states are gathered once for the whole vocabulary."""
     columns: int
     """Vocabulary entries per tile of the scan."""
-    block: int
-    """Targets that one product of the weight's gradient sums over."""
-    width: int
+    grad_targets: int
+    """Targets per tile of the weight's gradient: the terms that one of its products sums over."""
+    grad_columns: int
     """Vocabulary entries per tile of the weight's gradient."""
     kept: int
-    """Tiles of the vocabulary whose probabilities are kept from the scan, for all targets."""
+    """Tiles of each band that are kept from the scan."""
 
     @property
     def piece(self) -> int:
-        """Targets that are read at once where no matrix product is waiting for many."""
+        """Targets per operation on [targets, H] that is no matrix product, which would gain from more."""
         return max(1, self.targets // 4)
 
     @property
     def strip(self) -> int:
-        """Vocabulary entries of the weight's gradient that are finished, over all targets, before others begin."""
+        """Vocabulary entries whose weight gradient is finished, over all targets, before the next ones begin."""
         return 2 * self.columns
 
     @classmethod
     def plan(
-        cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool, widens: bool = False
+        cls, count: int, weight: Tensor, options: HeadOptions, *, trainable: bool, fp32_products: bool = False
     ) -> "Tiling":
-        """For `count` targets: tiles that stay in a CPU's caches, or fill a GPU; smaller ones where the budget asks."""
+        """The tiling for `count` targets.
+
+        1. take tiles that stay in a CPU's caches, or that fill a GPU
+        2. make them smaller until a few of them fit into the budget
+        3. spend the rest of the budget on kept tiles, where the head is `trainable`
+        """
         vocabulary, hidden_size = weight.shape
-        itemsize = working_dtype(weight.dtype, weight.device, widens=widens).itemsize
+        itemsize = working_dtype(weight.dtype, weight.device, fp32_products=fp32_products).itemsize
 
         def working_set(targets: int, columns: int) -> int:
+            # A tile in fp32 and in the working dtype; the rows of some [targets, H] and of one [columns, H] in fp32.
             return targets * columns * (4 + itemsize) + 4 * hidden_size * (4 * targets + columns)
 
-        if weight.is_cuda:
-            targets, columns, smallest = 4096, 8192, 2**21
-        elif itemsize == 2:
-            targets, columns, smallest = 512, 1024 * _threads(), 2**16
-        else:
-            targets, columns, smallest = 1024 // itemsize, 640 * _threads(), 2**15
         budget = options.memory_budget
-        while budget is not None and budget < working_set(targets, columns) and targets * columns > smallest:
+        targets, columns, fewest = _preferred_tile(weight, itemsize)
+        while budget is not None and budget < working_set(targets, columns) and targets * columns > fewest:
             targets, columns = (targets // 2, columns) if 2 * targets >= columns else (targets, columns // 2)
-        block, width = _weight_tile(count, targets, columns, weight, itemsize)
+        grad_targets, grad_columns = _grad_tile(count, targets, columns, weight, itemsize)
         targets, columns = _even(count, targets), min(columns, vocabulary)
         kept = 0
         if trainable and count:
-            spare = 5 * weight.numel() * itemsize // 2 if itemsize == 2 else 0
+            spare = int(_KEPT_BY_DEFAULT * itemsize * weight.numel()) if itemsize == 2 else 0
             if budget is not None:
                 spare = max(0, budget - working_set(targets, columns) - count * hidden_size * itemsize)
-            kept = spare // (count * columns * itemsize)
-        return cls(
-            targets=targets,
-            columns=columns,
-            block=block,
-            width=width,
-            kept=min(kept, -(-vocabulary // columns)),
-        )
+            kept = min(spare // (count * columns * itemsize), -(-vocabulary // columns))
+        return cls(targets=targets, columns=columns, grad_targets=grad_targets, grad_columns=grad_columns, kept=kept)
 
 
-def _weight_tile(count: int, targets: int, columns: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
-    """(block, width) of about as many entries as a tile of the scan has, or fewer."""
+def _preferred_tile(weight: Tensor, itemsize: int) -> tuple[int, int, int]:
+    """(targets, columns, entries below which a tile only gets slower), by measurement."""
+    if weight.is_cuda:
+        return 4096, 8192, 2**21
+    # Every core works on its own columns of a tile, in its own caches.
+    threads = min(torch.get_num_threads(), 8)
+    return (512, 1024 * threads, 2**16) if itemsize == 2 else (1024 // itemsize, 640 * threads, 2**15)
+
+
+def _grad_tile(count: int, targets: int, columns: int, weight: Tensor, itemsize: int) -> tuple[int, int]:
+    """(grad_targets, grad_columns) of about as many entries as a tile of the scan has, or fewer."""
     entries = targets * columns
     if weight.is_cuda:
         most = 8192
     elif itemsize == 2:
-        most = entries // 128  # few partial sums over targets, since each is rounded
+        most = entries // 128  # few partial sums over targets, since each is rounded to 16 bits
     else:
-        most, entries = SUMMED, entries // 2  # the product is as wide as the hidden states and takes the other half
-    block = min(most, max(count, 1))
-    parts = -(-columns // max(128, entries // block))
-    return block, -(-columns // parts)
-
-
-def _threads() -> int:
-    # Every core works on its own part of a tile, in its own caches.
-    return min(torch.get_num_threads(), 8)
+        # The product is as wide as the hidden states and takes the other half of the cache.
+        most, entries = TERMS_PER_BLOCK, entries // 2
+    grad_targets = min(most, max(count, 1))
+    parts = -(-columns // max(128, entries // grad_targets))
+    return grad_targets, -(-columns // parts)
 
 
 def _even(count: int, most: int) -> int:
@@ -100,8 +122,3 @@ def _even(count: int, most: int) -> int:
 def cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
     """Slices of at most `step` that cover start..stop."""
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
-
-
-def blank(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that is about to be written."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

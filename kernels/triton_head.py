@@ -1,4 +1,4 @@
-"""The fused head for CUDA devices: the passes of `chunked`, cuBLAS products, and Triton for the rest of each tile."""
+"""The fused head for CUDA devices, kernel "triton": cuBLAS products, and Triton for the rest of each tile."""
 
 import importlib.util
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from orpo_plugins.hooks.specs import hookimpl
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Kernel, Objective
 from orpo_plugins.kernels import reference
-from orpo_plugins.kernels.chunked import tiled_head
-from orpo_plugins.kernels.tile_steps import EagerSteps
+from orpo_plugins.kernels.fused_head import fused_head
+from orpo_plugins.kernels.tile_steps import TorchSteps
 from orpo_plugins.targets import Targets
 
 
@@ -40,12 +40,12 @@ def triton_head(
     objective: Objective,
     options: HeadOptions,
 ) -> HeadResult:
-    """See `KernelFunction`, and `tiled_head` for `memory_budget`."""
+    """See `KernelFunction`, and `fused_head` for `memory_budget`."""
     from orpo_plugins.kernels.triton_steps import TritonSteps
 
-    steps = EagerSteps if hidden.dtype == torch.float64 else TritonSteps
+    steps = TorchSteps if hidden.dtype == torch.float64 else TritonSteps
     with _on(hidden.device):
-        return tiled_head(hidden, weight, bias, targets, objective, options, steps=steps)
+        return fused_head(hidden, weight, bias, targets, objective, options, steps=steps)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -1,6 +1,6 @@
-"""The arithmetic on one tile as two Triton kernels: each reads a tile of logits once and writes it once.
+"""The arithmetic on one tile as two Triton kernels: each reads a tile of products once and writes it once.
 
-Imported on first use, since it needs triton.  See `chunked` for what is computed; names are those of `EagerSteps`.
+Imported on first use, since it needs triton.  `scan` says what is computed; names are those of `TorchSteps`.
 """
 
 # ruff: noqa: N803  # compile-time constants are in capitals in Triton's own kernels
@@ -17,13 +17,13 @@ _TARGETS_PER_PROGRAM = 1024
 class TritonSteps:
     """`TileSteps` for fp32, bf16 and fp16 on CUDA devices (and under TRITON_INTERPRET=1 on any)."""
 
-    takes_centers = widens = False  # cuBLAS returns products of 16 bits in fp32
+    takes_centers = fp32_products = False  # cuBLAS returns products of 16 bits in fp32
 
     def scan(self, tile: Tile, running: OnlineSoftmax, out: Tensor | None) -> Tensor:
         """See `TileSteps`; one program per target."""
         products, bias, transform = tile.products, tile.bias, tile.transform
         targets, columns = products.shape
-        shrink = torch.empty_like(running.running_max)
+        rescale = torch.empty_like(running.running_max)
         # Pointers that are not used must still be pointers.
         _scan[(targets,)](
             products,
@@ -33,7 +33,7 @@ class TritonSteps:
             running.running_max,
             running.exp_sum,
             running.exp_sum if running.logit_sum is None else running.logit_sum,
-            shrink,
+            rescale,
             products if out is None else out,
             0 if out is None else out.stride(0),
             columns,
@@ -46,9 +46,11 @@ class TritonSteps:
             BLOCK=triton.next_power_of_2(columns),
             num_warps=8,
         )
-        return shrink
+        return rescale
 
-    def gradient(self, tile: Tile, running_max: Tensor, at_target: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    def gradient(
+        self, tile: Tile, running_max: Tensor, target_entry: Tensor, coefficients: Tensor, out: Tensor
+    ) -> None:
         """See `TileSteps`; one program per vocabulary entry and block of targets."""
         products, bias, transform = tile.products, tile.bias, tile.transform
         columns, targets = products.shape
@@ -59,7 +61,7 @@ class TritonSteps:
             products if bias is None else bias,
             tile.target_columns,
             running_max,
-            at_target,
+            target_entry,
             coefficients,
             out,
             out.stride(0),
@@ -75,23 +77,23 @@ class TritonSteps:
 
 @triton.jit
 def _softcap(x):  # type: ignore[no-untyped-def]
-    # tanh and its slope.  exp of a negative number only, so that it cannot overflow; 1 - tanh^2 would have no digits
-    # left where tanh is close to 1.
-    shrunk = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - shrunk) / (1.0 + shrunk)
-    return tl.where(x < 0, -size, size), 4.0 * shrunk / ((1.0 + shrunk) * (1.0 + shrunk))
+    # (tanh(x), 1 - tanh(x)^2).  exp of a negative number cannot overflow.  The slope is not computed from tanh, because
+    # 1 - tanh^2 has no digits left where tanh is close to 1.
+    decayed = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - decayed) / (1.0 + decayed)
+    return tl.where(x < 0, -size, size), 4.0 * decayed / ((1.0 + decayed) * (1.0 + decayed))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scan(  # type: ignore[no-untyped-def]
     products,
-    raw_stride,
+    products_stride,
     bias,
     target_columns,
     running_max,
     exp_sum,
     logit_sum,
-    shrink,
+    rescale,
     out,
     out_stride,
     columns,
@@ -106,36 +108,38 @@ def _scan(  # type: ignore[no-untyped-def]
     target = tl.program_id(0).to(tl.int64)  # a product of target and stride may exceed 32 bits
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    x = tl.load(products + target * raw_stride + column, mask=inside, other=0.0).to(tl.float32)
+    unscaled = tl.load(products + target * products_stride + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        x += tl.load(bias + column, mask=inside, other=0.0)
+        unscaled += tl.load(bias + column, mask=inside, other=0.0)
     if HAS_CAP:
-        x, slope = _softcap(x * inner)
+        unscaled, slope = _softcap(unscaled * inner)
     if HAS_SUM:
-        tl.store(logit_sum + target, tl.load(logit_sum + target) + tl.sum(tl.where(inside, x, 0.0), axis=0))
-    before = tl.load(running_max + target)
-    highest = tl.max(tl.where(inside, x * factor, -float("inf")), axis=0)
-    top = tl.maximum(before, tl.ceil(highest))
-    scale = tl.exp2(before - top)
-    power = tl.exp2(x * factor - top)
-    power = tl.where(inside & (column != tl.load(target_columns + target)), power, 0.0)
-    tl.store(exp_sum + target, tl.load(exp_sum + target) * scale + tl.sum(power, axis=0))
-    tl.store(running_max + target, top)
-    tl.store(shrink + target, scale)
+        total = tl.sum(tl.where(inside, unscaled, 0.0), axis=0)
+        tl.store(logit_sum + target, tl.load(logit_sum + target) + total)
+    # The running maximum is an integer: `scale` is a power of two, which rounds nothing.
+    old_max = tl.load(running_max + target)
+    highest = tl.max(tl.where(inside, unscaled * factor, -float("inf")), axis=0)
+    new_max = tl.maximum(old_max, tl.ceil(highest))
+    scale = tl.exp2(old_max - new_max)
+    exp_logits = tl.exp2(unscaled * factor - new_max)
+    exp_logits = tl.where(inside & (column != tl.load(target_columns + target)), exp_logits, 0.0)
+    tl.store(exp_sum + target, tl.load(exp_sum + target) * scale + tl.sum(exp_logits, axis=0))
+    tl.store(running_max + target, new_max)
+    tl.store(rescale + target, scale)
     if HAS_OUT:
         if HAS_CAP:
-            power *= slope
-        tl.store(out + target * out_stride + column, power.to(out.dtype.element_ty), mask=inside)
+            exp_logits *= slope
+        tl.store(out + target * out_stride + column, exp_logits.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradient(  # type: ignore[no-untyped-def]
     products,
-    raw_stride,
+    products_stride,
     bias,
     target_columns,
     running_max,
-    at_target,
+    target_entry,
     coefficients,
     out,
     out_stride,
@@ -149,15 +153,15 @@ def _gradient(  # type: ignore[no-untyped-def]
     column = tl.program_id(0).to(tl.int64)
     target = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = target < targets
-    x = tl.load(products + column * raw_stride + target, mask=inside, other=0.0).to(tl.float32)
+    unscaled = tl.load(products + column * products_stride + target, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        x += tl.load(bias + column)
+        unscaled += tl.load(bias + column)
     if HAS_CAP:
-        x, slope = _softcap(x * inner)
-    power = tl.exp2(x * factor - tl.load(running_max + target, mask=inside, other=0.0))
+        unscaled, slope = _softcap(unscaled * inner)
+    entries = tl.exp2(unscaled * factor - tl.load(running_max + target, mask=inside, other=0.0))
     if HAS_CAP:
-        power *= slope
+        entries *= slope
     is_target = tl.load(target_columns + target, mask=inside, other=-1) == column
-    power = tl.where(is_target, tl.load(at_target + target, mask=inside, other=0.0), power)
-    power *= tl.load(coefficients + target, mask=inside, other=0.0)
-    tl.store(out + column * out_stride + target, power.to(out.dtype.element_ty), mask=inside)
+    entries = tl.where(is_target, tl.load(target_entry + target, mask=inside, other=0.0), entries)
+    entries *= tl.load(coefficients + target, mask=inside, other=0.0)
+    tl.store(out + column * out_stride + target, entries.to(out.dtype.element_ty), mask=inside)

@@ -3,7 +3,7 @@
 python examples/tutorials/truthy_dpo.py MODEL DATASET OUTPUT
 
 Unsloth's `FastLanguageModel` is replaced by the calls that it stands for, and `PatchDPOTrainer()`, which patches a
-class of TRL that is not involved here, is left out; docs/tutorials.md says what was tried.
+class of TRL that is not involved here, is left out; docs/how-to/migrate.md says what was tried.
 """
 
 import os

@@ -15,7 +15,7 @@ from tests.kit.compare import assert_within
 from tests.kit.training import logged, trainer
 
 ROWS = tiny.skewed_rows(8)
-DOCUMENT = (ROOT / "docs" / "trainer.md").read_text()
+DOCUMENT = (ROOT / "docs" / "start" / "loop.md").read_text()
 
 
 def gradients(sizes: list[int], **options: Any) -> Tensor:
@@ -52,12 +52,13 @@ def test_totals_and_single_denominators_are_one_option() -> None:
         orpo_forward(tiny.model(), batch, totals=step_totals([batch]), num_pairs=8)
 
 
-def test_the_loop_of_the_document_runs() -> None:
+def test_the_loop_of_the_document_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if "step_totals(step)" in b]
-    model = tiny.model()
-    before = [p.detach().clone() for p in model.parameters()]
-    exec(block, {"model": model, "tokenizer": tiny.tokenizer(), "rows": [*ROWS, *ROWS], "torch": torch})
-    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    monkeypatch.chdir(tmp_path)
+    tiny.saved(tmp_path / "Qwen/Qwen2.5-0.5B-Instruct")
+    exec(block, names := {"__name__": "the document"})
+    trained, before = names["model"].parameters(), tiny.model().parameters()
+    assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
 
 
 class Product:

@@ -1,4 +1,4 @@
-"""The paper's code restated: its quirks are what docs/paper_code.md says; and the presets."""
+"""The paper's code restated: its quirks are what docs/how-to/migrate.md says; and the presets."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_a_preset_makes_a_config_and_stands_in_the_document(name: str, tmp_path:
         key: arguments[key] for key in ("beta", "learning_rate")
     }
     assert PRESETS[name].source
-    table = (ROOT / "docs" / "paper_code.md").read_text()
+    table = (ROOT / "docs" / "how-to" / "migrate.md").read_text()
     assert f"| `{name}` | {config.beta} | {config.learning_rate} |" in table
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_plugins.hooks.types import HeadOptions, Objective
-from orpo_plugins.kernels import chunked
+from orpo_plugins.kernels import chunked, tiling
 from orpo_plugins.kernels.products import in_blocks, times_transposed
 from orpo_plugins.kernels.reference import reference_head
 from orpo_plugins.targets import Targets
@@ -52,15 +52,16 @@ def assert_same(actual, expected, tolerance):
 @pytest.fixture(params=[(512, 512, 4096, 512), (5, 64, 7, 24)], ids=["one tile", "many tiles"])
 def tile_sizes(request, monkeypatch):
     """Tile sizes: those in use, and some that cut even the smallest case."""
-    targets, columns, block, width = request.param
-    plan = chunked.Tiling.plan
+    targets, columns, grad_targets, grad_columns = request.param
+    plan = tiling.Tiling.plan
 
     def cut(count, weight, options, **named):
         kept = plan(count, weight, options, **named).kept
         tiles = min(kept, math.ceil(len(weight) / columns))
-        return chunked.Tiling(targets=targets, columns=columns, block=block, width=width, kept=tiles)
+        sizes = {"targets": targets, "columns": columns, "grad_targets": grad_targets, "grad_columns": grad_columns}
+        return tiling.Tiling(**sizes, kept=tiles)
 
-    monkeypatch.setattr(chunked.Tiling, "plan", cut)
+    monkeypatch.setattr(tiling.Tiling, "plan", cut)
     return request.param
 
 
@@ -93,7 +94,7 @@ def test_long_sums_in_fp32_are_within_some_roundings_of_float64(layout):
 def test_a_small_budget_takes_smaller_tiles_and_a_large_one_keeps_them():
     weight = torch.empty(4096, 64)
     plans = {
-        budget: chunked.Tiling.plan(1500, weight, HeadOptions(memory_budget=budget), trainable=True)
+        budget: tiling.Tiling.plan(1500, weight, HeadOptions(memory_budget=budget), trainable=True)
         for budget in (0, 2**20, None, 2**30)
     }
     sizes = [plan.targets * plan.columns for plan in plans.values()]
@@ -103,7 +104,7 @@ def test_a_small_budget_takes_smaller_tiles_and_a_large_one_keeps_them():
 
 @pytest.mark.parametrize("count", [1, 31, 256, 257, 769, 1500])
 def test_tiles_are_of_about_one_size(count):
-    targets = chunked.Tiling.plan(count, torch.empty(99, 8), HeadOptions(), trainable=False).targets
+    targets = tiling.Tiling.plan(count, torch.empty(99, 8), HeadOptions(), trainable=False).targets
     assert targets * (math.ceil(count / targets) - 1) < count <= targets * math.ceil(count / targets)
     assert targets <= 256
     assert math.ceil(count / targets) == math.ceil(count / 256)
@@ -177,8 +178,8 @@ def test_bf16_gradients_are_as_exact_where_a_wrong_token_is_certain(budget):
 
 def test_few_targets_take_no_wide_tiles():
     for count in (1, 2, 100):
-        plan = chunked.Tiling.plan(count, torch.empty(10**6, 4), HeadOptions(), trainable=True)
-        assert plan.width <= plan.columns
+        plan = tiling.Tiling.plan(count, torch.empty(10**6, 4), HeadOptions(), trainable=True)
+        assert plan.grad_columns <= plan.columns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -370,6 +371,19 @@ def test_targets_far_below_the_maximum_are_exact(margin, tile_sizes):
     case.hidden[..., 0] = 1.0
     actual = run_case(case, kernel="chunked")
     assert_same(actual, in_float64(case), FP32)
+
+
+def test_bf16_stays_finite_where_a_targets_own_product_is_rounded_far_above_its_logit():
+    # 100,000 in bf16 has steps of 512: the running maximum comes from a product that is 2^40 and more times too large.
+    torch.manual_seed(0)
+    case = make_case(pairs=1, length=3, width=64, vocabulary=50, ignored=0.0, bias=True)
+    case.hidden.uniform_(1.0, 2.0)
+    case.weight.mul_(0.01)[7].uniform_(1040.0, 1350.0)
+    case.labels.fill_(7)
+    output, gradients = run_case(case.to(torch.bfloat16), kernel="chunked")
+    assert output.chosen_logps.tolist() == output.rejected_logps.tolist() == [0.0]
+    assert_within(output.loss, torch.tensor(0.1 * math.log(2)), 1e-6)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
 def simpo(pairs):

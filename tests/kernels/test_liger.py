@@ -1,6 +1,7 @@
 """`FusedLinearORPOLoss` against liger-kernel's `LigerFusedLinearORPOLoss`."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -105,3 +106,25 @@ def test_weight_and_input_in_the_wrong_order_are_an_error():
     weight, hidden, target, _ = batch(4, 5, 7, 31)
     with pytest.raises(BatchError, match="expected \\[2B, T, H\\]"):
         FusedLinearORPOLoss()(hidden, weight, target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"_input": torch.zeros(0, 5, 7), "target": torch.zeros(0, 5, dtype=torch.int64)},
+            "_input has shape (0, 5, 7)",
+        ),
+        ({"lin_weight": torch.zeros(31, 6)}, "lin_weight has shape (31, 6), expected (31, 7)"),
+        ({"bias": torch.zeros(30)}, "bias has shape (30,), expected (31,)"),
+        (
+            {"target": torch.zeros(4, 5, dtype=torch.int32)},
+            "target has dtype torch.int32: token ids must be torch.int64",
+        ),
+        ({"nll_target": torch.zeros(1, 5, dtype=torch.int64)}, "nll_target has shape (1, 5), expected (2, 5)"),
+    ],
+)
+def test_what_does_not_fit_together_is_named_as_liger_names_it(changes, message):
+    weight, hidden, target, _ = batch(4, 5, 7, 31)
+    with pytest.raises(BatchError, match=re.escape(message)):
+        FusedLinearORPOLoss()(**{"lin_weight": weight, "_input": hidden, "target": target} | changes)

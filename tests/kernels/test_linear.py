@@ -113,6 +113,7 @@ BAD = {
         "nll_labels has shape (4, 5), expected (2, 5)",
     ),
     "a transposed weight": (changed(weight=lambda x: x.T), "weight has shape (4, 11), expected (4, 4)"),
+    "a weight without dimensions": (changed(weight=lambda x: x[0, 0]), "weight has shape (), expected (0, 4)"),
     "a bias of another size": (changed(bias=lambda _: torch.zeros(10)), "bias has shape (10,), expected (11,)"),
     "float labels": (
         changed(labels=lambda x: x.float()),
@@ -164,6 +165,8 @@ def test_a_bad_batch_is_named(name):
         ({"softcap": 0.0}, "softcap is 0.0: it must be a finite number > 0, or None for no soft-cap"),
         ({"logit_scale": -1.0}, "logit_scale is -1.0: it must be a finite number > 0"),
         ({"memory_budget": -1}, "memory_budget is -1: it is a number of bytes, or None"),
+        ({"nll_tokens": 0}, "nll_tokens is 0: the loss is divided by it. Give a number > 0, or None"),
+        ({"num_pairs": -2.0}, "num_pairs is -2.0: the loss is divided by it"),
     ],
 )
 def test_a_bad_option_is_named(options, message):

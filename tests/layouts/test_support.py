@@ -122,7 +122,7 @@ def test_an_implementation_of_ones_own_is_refused_before_and_after_preparing():
         with pytest.raises(errors.ModelError, match=r"attention implementation 'mine' may mean .*layout='padded'"):
             orpo_forward(made, batch("shared"), kernel="reference")
         with (
-            pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which would not see"),
+            pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which ignores"),
             attention.without_masks(made),
         ):
             pass

@@ -307,13 +307,13 @@ def test_an_unknown_attention_implementation_keeps_its_meaning():
 
     AttentionInterface.register("mine", sdpa_attention_forward)
     assert layout_support.unsupported(model(implementation="mine")).startswith(
-        "its attention implementation 'mine' may mean something else than softmax attention"
+        "its attention implementation 'mine' may compute something else than softmax attention"
     )
 
 
 def test_other_modules_are_refused():
     assert layout_support.unsupported(torch.nn.Linear(2, 2)) == (
-        "Linear is no transformers model, whose attention function could be replaced"
+        "Linear is no transformers model, so its attention function cannot be replaced"
     )
 
 

@@ -141,7 +141,7 @@ def span_attention(
                 f"{type(module).__name__} did not get the keyword {SPANS!r}, although its model was called with it: "
                 "some layer does not pass keywords on. Use layout='padded'"
             )
-        return _replaced(module, original)(module, query, key, value, attention_mask, **kwargs)
+        return _original_function(module, original)(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and _masks_off:
         raise ModelError(f"{type(module).__name__} makes an attention mask of its own: use layout='padded'")
     return attend(query, key, value, spans, **_options(module, kwargs)), None
@@ -251,16 +251,11 @@ def _options(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-Replaced = Callable[..., tuple[Tensor, Tensor | None]]
-"""An attention function of transformers."""
-
-
-def _replaced(module: nn.Module, original: str) -> Replaced:
+def _original_function(module: nn.Module, original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if original == "eager":
         # Each model file defines its own, always under this name.  FSDP2 makes a subclass that lives in another file.
         files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-        found: Replaced = next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))
-        return found
+        return next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))  # type: ignore[no-any-return]
     return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
 
 

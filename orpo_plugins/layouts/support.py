@@ -37,6 +37,7 @@ _CARRIES_STATE = re.compile(
     r"Mamba|SSM|Recurrent|RGLRU|R[Ww][Kk][Vv]|xLSTM|mLSTM|sLSTM|DeltaNet|Linear_?Attention|LightningAttention|ShortConv"
     r"|Convolution|Conv1[dD]$|Retention|KDA|KimiDelta|Hyena"
 )
+"""Class names of layers that carry information from token to token without attention."""
 _LORA_KERNELS = "axolotl.monkeypatch.lora_kernels"
 _POINTWISE = {"transformers.pytorch_utils.Conv1D"}
 """Classes with the name of a convolution that are linear layers (GPT-2)."""

@@ -83,7 +83,7 @@ def test_every_kind_of_dataset_gives_the_same_rows_and_report(source: Any) -> No
     assert report.dropped == {
         "chosen equals rejected": [1],
         "the chosen answer is empty": [3],
-        "the rejected answer holds special tokens only": [4],
+        "the rejected answer has special tokens only": [4],
     }
     assert (report.prompt_truncated, report.chosen_truncated, report.rejected_truncated) == (0, 1, 0)
 
@@ -113,7 +113,7 @@ def test_a_list_stays_a_list_without_the_datasets_package(monkeypatch: pytest.Mo
 def test_several_processes_number_rows_alike() -> None:
     prepared, report = prepare_dataset(datasets.Dataset.from_list(ROWS), TOKENIZER, OPTIONS, num_proc=2)
     assert list(prepared) == kept(ROWS)
-    assert report.dropped["the rejected answer holds special tokens only"] == [4]
+    assert report.dropped["the rejected answer has special tokens only"] == [4]
 
 
 def test_the_cache_is_found_again_and_keeps_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_named(changes: dict[str, Any], message: str) -> 
     ("row", "message"),
     [
         ({**ANSWERED, "prompt": [turn("user", "order")]}, "row 0: the row has tools, but the chat template does not"),
-        ({**ASKED, "tools": None}, "row 0: the messages hold tool_calls, but the chat template does not write them"),
+        ({**ASKED, "tools": None}, "row 0: the messages have tool_calls, but the chat template does not write them"),
     ],
 )
 def test_a_template_without_tools_is_an_error(row: dict[str, Any], message: str) -> None:

@@ -333,7 +333,7 @@ class TextBuilder:
 
     @functools.cached_property
     def _turn(self) -> re.Pattern[str]:
-        """Matches BOS and beginnings of turns.  Other special tokens (`<think>`, those of tools) may begin an answer."""
+        """Matches BOS and beginnings of turns.  Other special tokens (`<think>`, those of tools) may begin answers."""
         bos, special = getattr(self.tokenizer, "bos_token", None), special_tokens(self.tokenizer).values()
         markers = [marker for marker in _USUAL_TURNS if marker in special]
         if getattr(self.tokenizer, "chat_template", None) is not None:

@@ -143,7 +143,7 @@ def test_what_cannot_be_right_is_refused(row: dict[str, Any], name: str, message
 
 
 def test_what_cannot_be_set_up_is_refused() -> None:
-    with pytest.raises(ConfigError, match="MistralCommonBackend brings a chat format of its own, .* leave the call"):
+    with pytest.raises(ConfigError, match="MistralCommonBackend has a chat format of its own, .* do not call"):
         setup_chat_format(tiny.model(), tokenizer())
     with pytest.raises(ConfigError, match="MistralCommonBackend does not encode special tokens that stand in text"):
         prepared(STRINGS, tokenizer(), encoder_decoder=True)

@@ -260,8 +260,8 @@ def test_the_summary_names_reasons_and_rows() -> None:
     _, report = prepare_dataset([*ROWS[:3], repeated, *equal], TOKENIZER, PairOptions(max_length=28), name="eval")
     assert report.summary().splitlines() == [
         "eval: 3 of 16 rows kept",
-        "  the answers of 1 rows held the whole conversation beside a prompt column; the column was left out there, so "
-        "that no prompt is trained twice: row 3",
+        "  the answers of 1 rows contained the complete conversation, so their prompt column was left out and "
+        "no prompt is trained twice: row 3",
         "  dropped 13: chosen equals rejected: rows 1, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 3 more",
     ]
 
@@ -283,8 +283,8 @@ PROMPT = "Human: please cancel my order Assistant:"
         ),
         (
             {"prompt": (q := "please cancel my order"), "chosen": f"{q}? yes", "rejected": f"{q}? no"},
-            "both answers of 1 rows begin with the text of their prompt, which is trained twice there. If they hold "
-            "the whole text, leave the prompt column out: what both share is the prompt then: row 1",
+            "both answers of 1 rows begin with the text of their prompt, so it is trained twice. If the answers "
+            "contain the complete text, remove the prompt column; then their common beginning is the prompt: row 1",
         ),
         ({"prompt": PROMPT, "chosen": " it", "rejected": " it"}, "dropped 1: chosen equals rejected: row 1"),
         ({"prompt": "fox " * 1100, "chosen": " it", "rejected": " no"}, "truncated: 1 prompts, 0 chosen"),

@@ -110,12 +110,12 @@ def test_sharegpts_calls_and_observations() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tools": "order"}, "row 4 (conversational): column 'tools' is str 'order', which is no JSON"),
+        ({"tools": "order"}, "row 4 (conversational): column 'tools' is str 'order', which is not valid JSON"),
         ({"tools": 3}, "column 'tools' is int 3, expected a list of JSON schemas, or the JSON text of one"),
         ({"tools": '{"a": 1}'}, "column 'tools' is str '{\"a\": 1}', expected a list of JSON schemas"),
         (
             {"prompt": [turn("user", "order"), {"from": "function_call", "value": "order()"}]},
-            "message 1 of column 'prompt' is str 'order()', which is no JSON",
+            "message 1 of column 'prompt' is str 'order()', which is not valid JSON",
         ),
         (
             {"prompt": [turn("user", "order"), {"from": "function_call", "value": "[]"}]},

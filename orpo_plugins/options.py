@@ -123,6 +123,9 @@ class PairOptions:
     template_strings: bool = False
     """Whether the chat template is applied to rows of strings: the prompt as a message of the user, each answer as one
     of the assistant.  Strings that have the template already stay as they are."""
+    repeat_eos: bool = False
+    """Whether an answer ends as in TRL: with what the chat template writes after EOS (a newline in ChatML), and a
+    second EOS.  The model is certain of both, which raises the mean log-probability of short answers the most."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -211,6 +214,12 @@ class ORPOOwnFields:
         default=False,
         metadata={
             "help": "Apply the chat template to rows of strings: the prompt as the user's, answers as the model's."
+        },
+    )
+    repeat_eos: bool = field(
+        default=False,
+        metadata={
+            "help": "End each answer with what the chat template writes behind EOS and a second EOS, as TRL does."
         },
     )
 

@@ -1,6 +1,6 @@
 """`ORPOCollator`: makes a batch from rows of a dataset, raw or tokenized.
 
-    Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
+Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ class ORPOCollator:
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
         show_example: whether to log the first pair of the first batch as text.
         template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
+        repeat_eos: whether each answer ends as in TRL, with a second EOS (see `PairOptions`).
         model: the model that will be trained.  `layout="auto"` needs it; a layout that it cannot run is refused.
 
     Returns (when called on a list of rows):
@@ -79,6 +80,7 @@ class ORPOCollator:
         train_on: TrainOn = "all_assistant",
         show_example: bool = True,
         template_strings: bool = False,
+        repeat_eos: bool = False,
         model: torch.nn.Module | None = None,
     ) -> None:
         self.layout = _layout(layout) if model is None else plugins.best_layout(layout, model)[0]
@@ -93,6 +95,7 @@ class ORPOCollator:
             sft_rows=sft_rows,
             train_on=train_on,
             template_strings=template_strings,
+            repeat_eos=repeat_eos,
         )
         self.tokenizer = tokenizer
         self.nll_over = nll_over

@@ -1,6 +1,6 @@
 """`ORPOCollator`: makes a batch from rows of a dataset, raw or tokenized.
 
-    Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
+Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
 """
 
 import dataclasses

@@ -97,8 +97,8 @@ class PreparationReport:
         if self.restated:
             lines.append(
                 f"both answers of {len(self.restated)} rows begin with the text of their prompt, so it is trained "
-                "twice. If the answers contain the complete text, remove the prompt column; then their common beginning is "
-                f"the prompt: {_numbers(self.restated)}"
+                "twice. If the answers contain the complete text, remove the prompt column; then their common "
+                f"beginning is the prompt: {_numbers(self.restated)}"
             )
         lines += [f"dropped {len(rows)}: {reason}: {_numbers(rows)}" for reason, rows in self.dropped.items()]
         return "\n  ".join(lines)

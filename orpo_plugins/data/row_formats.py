@@ -278,8 +278,7 @@ def _check_implicit_prompt(row: Row, shared: str) -> None:
     """Raises `RowError` if the common beginning of two strings is probably no prompt, but a coincidence."""
     if not re.search(r"\w\w", shared):
         raise RowError(
-            "there is no 'prompt' column, and 'chosen' and 'rejected' do not begin with the same words. "
-            f"{_advice(row)}"
+            f"there is no 'prompt' column, and 'chosen' and 'rejected' do not begin with the same words. {_advice(row)}"
         )
     unused = _unused_texts(row)
     if unused and count_turns(shared) < 2:  # fewer than two turns: of a question and of an answer

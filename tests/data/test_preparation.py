@@ -145,8 +145,7 @@ def test_the_cache_is_found_again_and_keeps_the_report(tmp_path: Path, monkeypat
 
 def test_the_name_of_the_result_is_the_same_in_another_process() -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import datasets, test_data_preparation as t\n"
+        "import datasets\nfrom tests.data import test_preparation as t\n"
         "from orpo_plugins.data.cache import fingerprint\nfrom orpo_plugins.data.tokenized_rows import RowTokenizer\n"
         "builder = RowTokenizer(t.TOKENIZER, t.OPTIONS).builder\n"
         "print(fingerprint(datasets.Dataset.from_dict({'a': [1]}), builder, print))"

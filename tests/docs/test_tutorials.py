@@ -15,6 +15,8 @@ from tests.kit import tutorial_programs as tutorials
 from tests.kit.compare import assert_within
 from tests.kit.training import trainer
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTED = (
     "rewards/chosen rewards/rejected rewards/accuracies rewards/margins log_odds_chosen log_odds_ratio nll_loss "
     "logps/chosen logps/rejected logits/chosen logits/rejected"

@@ -317,6 +317,7 @@ def test_other_modules_are_refused():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
 def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch(kernel):

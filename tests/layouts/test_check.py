@@ -64,6 +64,7 @@ def mixture(name):
 LONG = random_pairs(((60, 25, 40), (12, 90, 30)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_rounding_that_moves_routers_is_told_from_a_wrong_layout_layer_by_layer(name):
     report = check_layout(mixture(name), LONG, plugins.layout("shared"), pad_token_id=0)

@@ -300,6 +300,7 @@ def subclassed(made):
         layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {"__module__": __name__})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 @pytest.mark.parametrize(
     "wrap", [hooked, compiled_layers, checkpointed_layers, compiled_forwards, decorated_forwards, subclassed]

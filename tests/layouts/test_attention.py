@@ -86,7 +86,7 @@ def test_long_spans_in_calls_of_512_rows_are_those_of_one_call(monkeypatch):
     for options in ({}, {"window": 300}, {"softcap": 2.0}):
         found = attention.attend(*tensors, Spans(spans=spans), **options)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_rows_at_once", lambda length, *_: length)
+            patch.setattr(attention, "_block_size", lambda length, *_: length)
             assert_within(found, attention.attend(*tensors, Spans(spans=spans), **options), 1e-12)
 
 
@@ -107,16 +107,16 @@ def test_dropout_keeps_the_mean():
     assert_within(torch.stack(runs).mean(0), attention.attend(query, key, value, Spans(spans=SPANS)), 0.05)
 
 
-def varlen_by_definition(query, key, value, queries, keys, longest_query, longest_key, settings):
+def varlen_by_definition(query, key, value, queries, keys, longest_query, longest_key, options):
     """What flash attention promises: [T, heads, d], causal from the end of both lengths."""
     assert longest_query == int(queries.diff().max())
     assert longest_key == int(keys.diff().max())
     parts = []
     for q0, q1, k0, k1 in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
         distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)[None]
-        seen = (distance >= 0) & (distance < (settings.window or 10**9))
+        seen = (distance >= 0) & (distance < (options.window or 10**9))
         q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=settings.scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=options.scale, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -135,7 +135,7 @@ def test_one_variable_length_call_gets_the_right_lengths_and_keys(monkeypatch, w
 
 def test_spans_that_stand_alone_need_no_gathering():
     alone = Spans(spans=(Span(0, 4, 0, 0), Span(4, 2, 0, 0)))
-    assert attention._offsets(alone, torch.device("cpu")).key_rows is None
+    assert attention._offsets(alone, torch.device("cpu")).gathered_keys is None
 
 
 def test_masks_are_made_once_per_batch():
@@ -274,7 +274,7 @@ def test_a_layer_that_drops_the_keyword_fails_loudly():
         return args, {name: value for name, value in kwargs.items() if name != "orpo_spans"}
 
     made.model.layers[1].self_attn.register_forward_pre_hook(drop, with_kwargs=True)
-    with pytest.raises(ModelError, match="LlamaAttention was not given the keyword 'orpo_spans'"):
+    with pytest.raises(ModelError, match="LlamaAttention did not get the keyword 'orpo_spans'"):
         step(made, "shared")
 
 
@@ -307,13 +307,13 @@ def test_an_unknown_attention_implementation_keeps_its_meaning():
 
     AttentionInterface.register("mine", sdpa_attention_forward)
     assert layout_support.unsupported(model(implementation="mine")).startswith(
-        "its attention implementation 'mine' may mean something else than softmax attention"
+        "its attention implementation 'mine' may compute something else than softmax attention"
     )
 
 
 def test_other_modules_are_refused():
     assert layout_support.unsupported(torch.nn.Linear(2, 2)) == (
-        "Linear is no transformers model, whose attention function could be replaced"
+        "Linear is no transformers model, so its attention function cannot be replaced"
     )
 
 

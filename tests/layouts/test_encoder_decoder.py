@@ -131,7 +131,7 @@ def test_each_side_has_a_limit_of_its_own_and_keeps_its_special_tokens() -> None
 
 def test_a_limit_without_room_for_text_drops_the_row() -> None:
     options = PairOptions(max_completion_length=1, encoder_decoder=True)
-    with pytest.raises(errors.ConfigError, match="no room is left for the chosen answer"):
+    with pytest.raises(errors.ConfigError, match="truncation leaves no token of the chosen answer"):
         prepare_dataset(tiny.rows(1), tokenizer(), options)
 
 

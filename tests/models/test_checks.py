@@ -74,7 +74,7 @@ def with_unused_module(folder: Path) -> nn.Module:
 NOTHING_TO_TRAIN: dict[str, tuple[Callable[[Path], nn.Module], str]] = {
     "loaded": (loaded, r"no parameter of LlamaForCausalLM requires a gradient.*is_trainable=True"),
     "frozen": (frozen, r"no parameter of LlamaForCausalLM requires a gradient.*unfreeze what is to be trained"),
-    "disabled": (disabled, r"no parameter of LlamaForCausalLM requires a gradient.*switch it on if it was disabled"),
+    "disabled": (disabled, r"no parameter of LlamaForCausalLM requires a gradient.*enable it if it was disabled"),
     "unused": (with_unused_module, r"the loss depends on none of the 2 trainable parameters \(score.weight, …\)"),
 }
 

@@ -13,6 +13,7 @@ because gradient checkpointing runs the layers again during the backward pass.
 
 import functools
 import importlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orpo_plugins.errors import ModelError
@@ -130,7 +132,7 @@ def span_attention(
         return _replaced(module, original)(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and _masks_off:
         raise ModelError(f"{type(module).__name__} makes an attention mask of its own: use layout='padded'")
-    return attend(query, key, value, spans, **_options(module, kwargs)), None
+    return attend(query, key, value, spans, implementation=original, **_options(module, kwargs)), None
 
 
 # Lengths differ in every batch: one graph break per layer instead of compiling for each of them.
@@ -146,12 +148,13 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    implementation: str = "sdpa",
 ) -> Tensor:
     """Span attention.
 
     Args:
         query: [1, Hq, S, d].
-        key: [1, Hkv, S, d], Hq a multiple of Hkv; never copied to Hq heads.
+        key: [1, Hkv, S, d], Hq a multiple of Hkv; not copied to Hq heads, unless torch's varlen_attn needs it (< 2.12).
         value: [1, Hkv, S, dv].
         spans: cover the S rows.
         scale: multiplies the scores; default d ** -0.5.
@@ -159,6 +162,7 @@ def attend(
         window: each row sees itself and the `window` - 1 positions before it; None for all.
         softcap: c of c * tanh(scores / c).
         sinks: [Hq] extra scores that take part in the softmax and contribute nothing.
+        implementation: the one that was replaced; of the flash_attention ones, the function is called here too.
 
     Returns:
         [1, S, Hq, dv], contiguous.
@@ -168,8 +172,9 @@ def attend(
             f"queries {tuple(query.shape)} and keys {tuple(key.shape)} of a batch that was laid out in one row: "
             "key-value caches and virtual tokens need layout='padded'"
         )
-    if softcap is None and sinks is None and (varlen := _varlen(query, value, dropout)):
-        return _attend_varlen(varlen, query, key, value, spans, _Settings(scale=scale, dropout=dropout, window=window))
+    settings = _Settings(scale=scale, dropout=dropout, window=window, softcap=softcap)
+    if sinks is None and (varlen := _varlen(query, key, value, settings, implementation)):
+        return _attend_varlen(varlen, query, key, value, spans)
     # Split rather than sliced: the gradient of a slice is a row of zeros to be filled and added, for every span.
     lengths = [span.length for span in spans.spans]
     queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
@@ -317,19 +322,19 @@ class _Settings:
     scale: float | None
     dropout: float
     window: int | None
+    softcap: float | None
 
 
-def _attend_varlen(
-    function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, spans: Spans, settings: _Settings
-) -> Tensor:
+def _attend_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     """All spans in one call with different query and key lengths; `function` aligns them at their ends."""
     offsets = spans.derived(("offsets", query.device), lambda: _offsets(spans, query.device))
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     if offsets.key_rows is not None:
         # At most two spans use a row, so that the sum of its gradients does not depend on their order.
         key, value = key.index_select(0, offsets.key_rows), value.index_select(0, offsets.key_rows)
-    lengths = (offsets.queries, offsets.keys, offsets.longest_query, offsets.longest_key)
-    return function(query, key, value, *lengths, settings)[None]
+    out = function(query, key, value, offsets.queries, offsets.keys, offsets.longest_query, offsets.longest_key)
+    attended: Tensor = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns its normalizers as well
+    return attended[None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -363,55 +368,93 @@ def _offsets(spans: Spans, device: torch.device) -> _Offsets:
     )
 
 
-def _varlen(query: Tensor, value: Tensor, dropout: float) -> Callable[..., Tensor] | None:
-    """The device's variable-length attention for these tensors: torch's own, or flash-attn's; None without one."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+Varlen = Callable[..., Any]
+"""(queries [T, Hq, d], keys, values, two cumulative lengths, two longest lengths) -> [T, Hq, d], and perhaps more."""
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, settings: _Settings, implementation: str) -> Varlen | None:
+    """The variable-length attention for these tensors, causal and with `settings`; None without one.
+
+    The user's own choice comes first, then torch's, then flash-attn's.
+    """
+    width, grouped = query.shape[-1], query.shape[1] != key.shape[1]
+    if not _runs_flash_attention(query.device) or query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+    if width != value.shape[-1] or width > 256 or width % 8:
         return None
-    if dropout == 0.0 and _import("torch.nn.attention.varlen", "varlen_attn"):
-        return torch_varlen
-    return flash_attn_varlen if _import("flash_attn", "flash_attn_varlen_func") else None
-
-
-def torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, q: int, k: int, settings: _Settings
-) -> Tensor:
-    """torch.nn.attention.varlen (torch >= 2.10), which knows no dropout."""
-    window = -1 if settings.window is None else settings.window - 1
-    call = _import("torch.nn.attention.varlen", "varlen_attn")
-    assert call is not None
-    grouped = query.shape[1] != key.shape[1]
-    out: Tensor = call(
-        query, key, value, queries, keys, q, k, scale=settings.scale, window_size=(window, 0), enable_gqa=grouped
+    chosen = None
+    if implementation.startswith("flash_attention"):
+        (_, chosen, *_), _ = lazy_import_flash_attention(implementation)
+    own = _import("torch.nn.attention.varlen", "varlen_attn")
+    same_heads = torch_varlen(own, width, settings, grouped=False)
+    return (
+        flash_attn_varlen(chosen, settings)
+        or torch_varlen(own, width, settings, grouped=grouped)
+        or flash_attn_varlen(_import("flash_attn", "flash_attn_varlen_func"), settings)
+        or (same_heads and functools.partial(_with_repeated_heads, same_heads))
     )
-    return out
 
 
-def flash_attn_varlen(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, q: int, k: int, settings: _Settings
-) -> Tensor:
-    """flash-attn >= 2.1, which aligns queries and keys of different lengths at their ends."""
-    call = _import("flash_attn", "flash_attn_varlen_func")
-    assert call is not None
-    out: Tensor = call(
-        query,
-        key,
-        value,
-        queries,
-        keys,
-        q,
-        k,
-        dropout_p=settings.dropout,
-        softmax_scale=settings.scale,
-        causal=True,
-        window_size=(-1 if settings.window is None else settings.window - 1, 0),
-    )
-    return out
+def _runs_flash_attention(device: torch.device) -> bool:
+    """NVIDIA's GPUs since Ampere, and AMD's."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def torch_varlen(function: Varlen | None, width: int, settings: _Settings, *, grouped: bool) -> Varlen | None:
+    """`torch.nn.attention.varlen.varlen_attn` with `settings`; None where its version lacks one of them.
+
+    torch 2.10 has `is_causal` alone, 2.11 `scale` and `window_size` in its place, 2.12 `enable_gqa` as well.
+    """
+    if function is None or settings.dropout or settings.softcap is not None:
+        return None
+    keywords: dict[str, Any] = {}
+    if settings.window is None and "is_causal" in _parameters(function):
+        keywords["is_causal"] = True
+    else:
+        keywords["window_size"] = (-1 if settings.window is None else settings.window - 1, 0)
+    if settings.scale not in (None, width**-0.5):
+        keywords["scale"] = settings.scale
+    if grouped:
+        keywords["enable_gqa"] = True
+    return _with_keywords(function, keywords)
+
+
+def flash_attn_varlen(function: Varlen | None, settings: _Settings) -> Varlen | None:
+    """flash-attn's `flash_attn_varlen_func` with `settings`; None where its version lacks one of them.
+
+    All versions since 2.1 align queries and keys of different lengths at their ends.
+    """
+    if function is None or (settings.dropout and settings.softcap is not None):
+        return None
+    keywords: dict[str, Any] = {"causal": True, "softmax_scale": settings.scale}
+    if settings.window is not None:
+        keywords["window_size"] = (settings.window - 1, 0)
+    if settings.dropout:
+        keywords["dropout_p"] = settings.dropout
+    if settings.softcap is not None:
+        keywords["softcap"] = settings.softcap
+    return _with_keywords(function, keywords)
+
+
+def _with_repeated_heads(function: Varlen, query: Tensor, key: Tensor, value: Tensor, *lengths: Any) -> Any:
+    """`function`, which takes as many heads of keys as of queries."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return function(query, key, value, *lengths)
+
+
+def _with_keywords(function: Varlen, keywords: dict[str, Any]) -> Varlen | None:
+    return functools.partial(function, **keywords) if keywords.keys() <= _parameters(function) else None
 
 
 @functools.cache
-def _import(module: str, name: str) -> Callable[..., Any] | None:
+def _parameters(function: Varlen) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@functools.cache
+def _import(module: str, name: str) -> Varlen | None:
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:

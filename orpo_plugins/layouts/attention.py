@@ -162,7 +162,7 @@ def attend(
         window: each row sees itself and the `window` - 1 positions before it; None for all.
         softcap: c of c * tanh(scores / c).
         sinks: [Hq] extra scores that take part in the softmax and contribute nothing.
-        implementation: the one that was replaced; of the flash_attention ones, the function is called here too.
+        implementation: the one that was replaced. Of flash_attention_2, 3 and 4 the function is called here too.
 
     Returns:
         [1, S, Hq, dv], contiguous.
@@ -383,7 +383,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, settings: _Settings, impl
     if width != value.shape[-1] or width > 256 or width % 8:
         return None
     chosen = None
-    if implementation.startswith("flash_attention"):
+    # flash-attn 4 has had versions whose soft-cap has no gradient.
+    if implementation.startswith("flash_attention") and (implementation[-1] != "4" or settings.softcap is None):
         (_, chosen, *_), _ = lazy_import_flash_attention(implementation)
     own = _import("torch.nn.attention.varlen", "varlen_attn")
     same_heads = torch_varlen(own, width, settings, grouped=False)

@@ -14,6 +14,7 @@ from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.spans import Span, Spans
 from orpo_plugins.models.router import router_coefficient
 from tests.kit.compare import assert_all_within, assert_within
@@ -457,11 +458,11 @@ def test_prompt_learning_is_refused():
 
     made = get_peft_model(model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
     assert layout_support.unsupported(made) == "the prompt tuning adapter puts virtual tokens before every sequence"
-    assert plugins.best_layout("auto", made)[0].name == "padded"
+    assert best_layout("auto", made)[0].name == "padded"
 
 
 def test_auto_takes_shared_where_the_model_allows_it():
-    layout, passed_over = plugins.best_layout("auto", model())
+    layout, passed_over = best_layout("auto", model())
     assert (layout.name, passed_over) == ("shared", {})
 
 

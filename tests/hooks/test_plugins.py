@@ -23,6 +23,7 @@ from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks.offers import _PARTS
 from orpo_plugins.kernels import chunked, reference
 from orpo_plugins.layouts import padded
+from orpo_plugins.layouts.auto import best_layout
 from tests.kit import ROOT, tiny, training
 from tests.kit.kernel_cases import make_case, run_case
 
@@ -290,7 +291,7 @@ def parts(function: Callable[..., Any]) -> dict[str, tuple[str, Any, Callable[[]
         "unsupported of Layout": (
             "orpo_layouts",
             layout(unsupported=function, priority=99),
-            lambda: plugins.best_layout("auto", tiny.model()),
+            lambda: best_layout("auto", tiny.model()),
         ),
     }
 

@@ -41,6 +41,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -124,24 +125,27 @@ class _FusedHead(torch.autograd.Function):
         need_hidden, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
         trainable = need_weight or need_bias
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
-            gradient = HiddenGradient.from_options(hidden, targets.positions, options) if need_hidden else None
+            count = len(targets.positions)
+            positions, token_ids = (repeat_last(x, steps.alignment) for x in (targets.positions, targets.token_ids))
+            gradient = HiddenGradient.from_options(hidden, positions, options) if need_hidden else None
             order = None if gradient is None else gradient.order
             inputs = Operands(
                 hidden,
                 weight,
                 bias,
-                positions=in_order(targets.positions, order),
-                token_ids=in_order(targets.token_ids, order),
+                positions=in_order(positions, order),
+                token_ids=in_order(token_ids, order),
                 transform=Transform.from_options(options),
                 tiling=Tiling.plan(
-                    len(targets.positions), weight, options, trainable=trainable, fp32_products=steps.fp32_products
+                    len(positions), weight, options, trainable=trainable, fp32_products=steps.fp32_products
                 ),
                 steps=steps,
             )
             scan = Scan(inputs, need_means=options.logit_means, need_weight=trainable).run(gradient)
-            logit_means = None if scan.logit_means is None else in_table_order(scan.logit_means, order)
-            logps = in_table_order(scan.logps, order)
+            logit_means = None if scan.logit_means is None else in_table_order(scan.logit_means, order)[:count]
+            logps = in_table_order(scan.logps, order)[:count]
             loss, nll, means, w = differentiate_objective(logps, targets, objective, need_w=any(needs))
+            w = F.pad(w, (0, len(positions) - count))  # what was repeated weighs nothing
             w, ctx.unit = in_safe_unit(in_order(w, order), hidden.dtype)
             piece = inputs.tiling.piece
             d_hidden = None if gradient is None else gradient.finish(w * inputs.transform.derivative, piece)
@@ -169,6 +173,11 @@ class _FusedHead(torch.autograd.Function):
             factor = factor.view(1) if factor.is_cuda else factor
             gradients = [None if given is None else given.mul_(factor) for given in gradients]
         return *gradients, None, None, None, None
+
+
+def repeat_last(values: Tensor, multiple: int) -> Tensor:
+    """[N]: `values` with the last one repeated, up to a number of values that `multiple` divides."""
+    return torch.cat([values, values[-1:].expand(-len(values) % multiple)]) if len(values) % multiple else values
 
 
 def in_order(values: Tensor, order: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ def loss_and_gradients(model: PreTrainedModel, kernel: str) -> tuple[torch.Tenso
 # ---- numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["t5", "t5 1.1", "bart"])
 def test_loss_gradients_and_metrics_are_those_of_trl(name: str, accumulation: int, tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(name: str, accumulation: in
     )
 
 
+@pytest.mark.slow
 def test_conversations_are_those_of_trl(tmp_path: Path) -> None:
     conversations = tiny.conversations(8)
     compare(lambda: build("t5"), conversations, tmp_path, "auto", make_tokenizer=tokenizer, max_completion_length=128)
@@ -129,7 +131,7 @@ def test_each_side_has_a_limit_of_its_own_and_keeps_its_special_tokens() -> None
 
 def test_a_limit_without_room_for_text_drops_the_row() -> None:
     options = PairOptions(max_completion_length=1, encoder_decoder=True)
-    with pytest.raises(errors.ConfigError, match="no room is left for the chosen answer"):
+    with pytest.raises(errors.ConfigError, match="truncation leaves no token of the chosen answer"):
         prepare_dataset(tiny.rows(1), tokenizer(), options)
 
 

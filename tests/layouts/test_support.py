@@ -119,10 +119,10 @@ def test_an_implementation_of_ones_own_is_refused_before_and_after_preparing():
     step(prepared, "shared")
     prepared.set_attn_implementation("mine")
     for made in (model(implementation="mine"), prepared):
-        with pytest.raises(errors.ModelError, match=r"attention implementation 'mine' may mean .*layout='padded'"):
+        with pytest.raises(errors.ModelError, match=r"attention implementation 'mine' may compute .*layout='padded'"):
             orpo_forward(made, batch("shared"), kernel="reference")
         with (
-            pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which would not see"),
+            pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which ignores"),
             attention.without_masks(made),
         ):
             pass
@@ -244,7 +244,7 @@ def test_a_name_that_was_only_taken_over_is_not_believed():
     made = model()
     patched = made.model.layers[0].self_attn
     patched.forward = types.MethodType(functools.wraps(patched.forward)(ignoring), patched)
-    reason = "the source of LlamaAttention.forward cannot be read, as where something replaced it at run time (layer 0)"
+    reason = "the source of LlamaAttention.forward cannot be read (probably replaced at run time) (layer 0)"
     assert_refused(made, reason)
     del ignoring.__wrapped__
 
@@ -255,7 +255,7 @@ def test_attention_made_from_a_string_is_refused():
     exec("def forward(self, hidden_states, **kwargs):\n    return hidden_states, None\n", space)
     patched = made.model.layers[2].self_attn
     patched.forward = types.MethodType(space["forward"], patched)
-    reason = "the source of LlamaAttention.forward cannot be read, as where something replaced it at run time (layer 2)"
+    reason = "the source of LlamaAttention.forward cannot be read (probably replaced at run time) (layer 2)"
     assert_refused(made, reason)
 
 
@@ -300,6 +300,7 @@ def subclassed(made):
         layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {"__module__": __name__})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 @pytest.mark.parametrize(
     "wrap", [hooked, compiled_layers, checkpointed_layers, compiled_forwards, decorated_forwards, subclassed]
@@ -348,7 +349,7 @@ def test_a_rewriting_that_is_not_the_one_known_is_refused_with_the_options(with_
         exec("def axolotl_attn_forward(self, hidden_states, **kwargs):\n    return hidden_states, None\n", space)
         monkeypatch.setattr(own, "forward", space["axolotl_attn_forward"])
     assert layout_support.unsupported(with_lora_kernels) == (
-        "the source of LlamaAttention.forward cannot be read, as where something replaced it at run time: set "
+        "the source of LlamaAttention.forward cannot be read (probably replaced at run time): set "
         "Axolotl's lora_qkv_kernel and lora_o_kernel to false (layer 0)"
     )
 

@@ -176,6 +176,7 @@ def test_the_head_in_modules_to_save_is_the_copy_in_use() -> None:
         assert output_head(wrapped) is wrapper.original_module
 
 
+@pytest.mark.slow
 def test_nothing_that_compiles_is_imported_before_something_is_compiled() -> None:
     code = (
         "import sys, torch, orpo_plugins as o\n"
@@ -186,6 +187,7 @@ def test_nothing_that_compiles_is_imported_before_something_is_compiled() -> Non
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 def test_a_model_compiled_by_inductor_trains_through_the_fused_head() -> None:

@@ -192,7 +192,7 @@ def test_an_unknown_name_to_block_lists_the_installed_ones(
 )
 def test_an_entry_point_that_cannot_be_loaded_is_named(install: Callable[..., None], code: str, reason: str) -> None:
     install("mine", code)
-    way_out = r"Mend the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
+    way_out = r"Fix the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
     message = rf"(?s)plugin mine \(acme-orpo 1.2\) cannot be loaded from 'acme_orpo': {reason}.*\. {way_out}"
     with pytest.raises(errors.PluginError, match=message) as raised:
         get_plugin_manager()
@@ -211,7 +211,7 @@ def test_a_hook_that_raises_names_the_package_and_stops(install: Callable[..., N
     install("mine", "from orpo_plugins import hookimpl\n@hookimpl\ndef orpo_kernels(): return [][0]")
     message = (
         r"plugin mine \(acme-orpo 1.2\), hook orpo_kernels raised IndexError: list index out of range. "
-        r"Mend the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
+        r"Fix the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
     )
     with pytest.raises(errors.PluginError, match=message) as raised:
         run_case(make_case())
@@ -223,9 +223,7 @@ def test_a_hook_is_reported_whatever_it_raises(register: Callable[..., None]) ->
         raise errors.ConfigError("set ACME_HOME")
 
     register(orpo_layouts=hook)
-    with pytest.raises(
-        errors.PluginError, match=r"mine .*, hook orpo_layouts raised ConfigError: set ACME_HOME\. Mend"
-    ):
+    with pytest.raises(errors.PluginError, match=r"mine .*, hook orpo_layouts raised ConfigError: set ACME_HOME\. Fix"):
         plugins.layout("padded")
 
 
@@ -301,7 +299,7 @@ def test_a_plugins_function_that_raises_is_named(register: Callable[..., None], 
     hook, part, call = parts(broken)[name]
     register(**{hook: lambda: [part]})
     place = rf"plugin mine \(registered in this process\), hook {hook}: {name} 'x' raised KeyError: 'mistake'"
-    way_out = r"Mend the plugin, or leave out the call of register\(\) that brings it in"
+    way_out = r"Fix the plugin, or leave out the call of register\(\) that brings it in"
     with pytest.raises(errors.PluginError, match=rf"{place}\. {way_out}$") as raised:
         call()
     assert isinstance(raised.value.__cause__, KeyError)
@@ -323,7 +321,7 @@ def test_a_plugins_function_that_returns_nothing_is_named(
 ) -> None:
     hook, part, call = parts(silent)[name]
     register(**{hook: lambda: [part]})
-    with pytest.raises(errors.PluginError, match=rf"hook {hook}: {name} 'x' returned None, not {expected}\. Mend"):
+    with pytest.raises(errors.PluginError, match=rf"hook {hook}: {name} 'x' returned None, not {expected}\. Fix"):
         call()
 
 
@@ -350,7 +348,7 @@ def test_a_hook_that_returns_something_else_is_named(
     register: Callable[..., None], returned: Any, message: str
 ) -> None:
     register(orpo_kernels=lambda: returned)
-    with pytest.raises(errors.PluginError, match=rf"{message}.*\. Mend the plugin"):
+    with pytest.raises(errors.PluginError, match=rf"{message}.*\. Fix the plugin"):
         run_case(make_case())
 
 

@@ -22,7 +22,7 @@ from tests.kit.laid_out import assert_equal_to_padded, model, random_pairs, step
 from tests.kit.training import trainer
 
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
-CONV_REASON = "its conv layers are something else than softmax attention over their sequence"
+CONV_REASON = "its conv layers are not softmax attention over their sequence"
 
 
 def batch(layout, pairs=None):

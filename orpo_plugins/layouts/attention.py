@@ -46,6 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from orpo_plugins.errors import ModelError
 from orpo_plugins.layouts.spans import SPANS, Span, Spans
 from orpo_plugins.models.head import attention_implementation, unwrap_model
+from orpo_plugins.models.state import state_of
 
 PREFIX = "orpo_"
 """`orpo_sdpa` is the name under which the replacement of `sdpa` is registered."""
@@ -54,8 +55,6 @@ REPLACEABLE = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash
 NOT_UNDERSTOOD = ("position_bias", "indices", "block_indices", "sinks")
 """Keywords that change a layer's scores in ways that span attention does not compute."""
 
-_config_readers: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]" = weakref.WeakKeyDictionary()
-"""The modules of each prepared model that read their attention implementation from a configuration."""
 _masks_off = False  # a plain global: torch.compile can guard on one, but cannot read a ContextVar
 
 
@@ -63,13 +62,13 @@ def prepare(model: nn.Module) -> None:
     """Replaces the attention implementation of `model` and of all its submodules by span attention."""
     inner = unwrap_model(model)
     modules = [module for module in inner.modules() if _reads_config(module)]
-    _config_readers[inner] = [weakref.ref(module) for module in modules]
+    state_of(inner).config_readers = [weakref.ref(module) for module in modules]
     _replace_in_configs(modules)
 
 
 def _prepare_again(model: nn.Module) -> None:
     """The same as `prepare`.  A second call does not walk over all modules: PEFT adapters multiply their number."""
-    modules = [module() for module in _config_readers.get(unwrap_model(model), ())]
+    modules = [module() for module in state_of(unwrap_model(model)).config_readers]
     if not modules or None in modules:
         prepare(model)
     else:

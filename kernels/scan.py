@@ -48,7 +48,7 @@ class KeptTiles:
         """Memory for some tiles."""
         count, widths = len(inputs.positions), [inputs.padded(tile.stop - tile.start) for tile in columns]
         memory = empty_in_huge_pages((count * sum(widths),), inputs.weight, inputs.dtype)
-        tiles = memory.split([count * width for width in widths])
+        tiles = torch.split(memory, [count * width for width in widths])
         return cls(
             columns=columns,
             tiles=[

@@ -88,7 +88,7 @@ class TileSteps(Protocol):
     fp32_products: bool
     """Whether 16-bit operands are to be multiplied in fp32."""
     alignment: int
-    """Of this many entries every row of a tile takes a multiple in memory, and so do the targets; 1 for no such rule."""
+    """Rows of a tile lie a multiple of this apart, and the number of targets is a multiple of it; 1 for any."""
 
     def scan(self, tile: Tile, running: OnlineSoftmax, out: Tensor | None) -> Tensor:
         """Takes a tile [targets, columns] into `running`; writes exp_logits * slope, zero at the target, to `out`.

@@ -101,9 +101,9 @@ class Operands:
 
     def like(self, products: Tensor) -> Tensor:
         """Where a tile goes in order to be multiplied: `products` itself unless it is too wide."""
-        return (
-            products if products.dtype == self.dtype else self.tile_memory(len(products), products.shape[1], self.dtype)
-        )
+        if products.dtype == self.dtype:
+            return products
+        return self.tile_memory(len(products), products.shape[1], self.dtype)
 
     def tile_memory(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """[rows, columns], not yet written, with rows padded to `TileSteps.alignment`."""

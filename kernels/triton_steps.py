@@ -23,7 +23,7 @@ class TritonSteps:
     alignment = 16
 
     def scan(self, tile: Tile, running: OnlineSoftmax, out: Tensor | None) -> Tensor:
-        """See `TileSteps`; one program per target.  Rows are read and written up to their padded ends."""
+        """See `TileSteps`; one program per target.  Padding at the ends of rows is read and written too."""
         products, bias, transform = tile.products, tile.bias, tile.transform
         targets, columns = products.shape
         rescale = torch.empty_like(running.running_max)
@@ -114,7 +114,6 @@ def _scan(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside, in_memory = column < columns, column < padded_columns
     unscaled = tl.load(products + target * products_stride + column, mask=in_memory, other=0.0).to(tl.float32)
-    unscaled = tl.where(inside, unscaled, 0.0)  # padding holds any bits, NaN too
     if HAS_BIAS:
         unscaled += tl.load(bias + column, mask=inside, other=0.0)
     if HAS_CAP:

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_plugins.hooks.types import HeadOptions, Objective
-from orpo_plugins.kernels import chunked, tiling
+from orpo_plugins.kernels import chunked, hidden_gradient, tiling
 from orpo_plugins.kernels.products import in_blocks, times_transposed
 from orpo_plugins.kernels.reference import reference_head
+from orpo_plugins.kernels.tile_steps import TorchSteps
 from orpo_plugins.targets import Targets
 from tests.kit.compare import assert_all_within, assert_within, relative_difference
 from tests.kit.kernel_cases import Case, make_case, run_case
@@ -74,6 +75,50 @@ def test_equals_the_reference_in_fp32(shape, transform, budget, tile_sizes):
     # Products of "large logits" round at the size of the logits, 200, and exponentials turn that into a relative error.
     tolerance = FP32 * (40 if shape.get("scale", 1.0) > 1 else 4)
     assert_same(actual, in_float64(case, **transform), tolerance)
+
+
+class AlignedSteps(TorchSteps):
+    """As on a GPU: rows of tiles begin at multiples of 16, and the number of targets is a multiple of 16."""
+
+    alignment = 16
+
+    def scan(self, tile, running, out):
+        self.check(tile.products)
+        if out is not None:
+            self.check(out)
+        return super().scan(tile, running, out)
+
+    def gradient(self, tile, running_max, target_entry, coefficients, out):
+        self.check(tile.products)
+        self.check(out)
+        super().gradient(tile, running_max, target_entry, coefficients, out)
+
+    @staticmethod
+    def check(rows):
+        assert rows.stride(1) == 1
+        assert rows.stride(0) % 16 == rows.storage_offset() % 16 == 0
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
+@pytest.mark.parametrize("order", ["in place", "beside"])
+@pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
+def test_tiles_with_aligned_rows_give_the_same(monkeypatch, shape, order, budget):
+    monkeypatch.setitem(chunked.chunked_head.keywords, "steps", AlignedSteps)
+    monkeypatch.setattr(hidden_gradient, "_SPARE_ON_CPU", 0 if order == "in place" else 2**24)
+    sizes = {"targets": 32, "columns": 64, "grad_targets": 48, "grad_columns": 24}
+    planned = tiling.Tiling.plan
+    counts = []
+
+    def cut(count, weight, options, **named):
+        counts.append(count)
+        kept = planned(count, weight, options, **named).kept
+        return tiling.Tiling(**sizes, kept=min(kept, math.ceil(len(weight) / 64)))
+
+    monkeypatch.setattr(tiling.Tiling, "plan", cut)
+    case = make_case(**shape)
+    tolerance = FP32 * (40 if shape.get("scale", 1.0) > 1 else 4)
+    assert_same(run_case(case, kernel="chunked", memory_budget=budget), in_float64(case), tolerance)
+    assert counts[0] % 16 == 0
 
 
 @pytest.mark.parametrize("layout", ["as they lie", "left with gaps", "right with gaps", "transposed"])

@@ -15,11 +15,12 @@ from torch.utils.data import get_worker_info
 
 from orpo_plugins.data.example import example_text
 from orpo_plugins.data.pairs import BuiltPair
-from orpo_plugins.data.tokenized_rows import RowTokenizer
+from orpo_plugins.data.row_tokenizer import RowTokenizer
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.padded import widened
 from orpo_plugins.options import NLLOver, PairOptions, TrainOn, TruncationMode, check_option
 from orpo_plugins.targets import with_weights, with_width
@@ -83,7 +84,7 @@ class ORPOCollator:
         repeat_eos: bool = False,
         model: torch.nn.Module | None = None,
     ) -> None:
-        self.layout = _layout(layout) if model is None else plugins.best_layout(layout, model)[0]
+        self.layout = _layout(layout) if model is None else best_layout(layout, model)[0]
         if model is not None:
             self.layout.prepare(model)
         self.options = PairOptions(

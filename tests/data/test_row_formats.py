@@ -187,7 +187,8 @@ def test_another_conversation_beside_whole_ones_is_refused(column: str) -> None:
 
 def test_a_conversation_that_ends_with_a_third_answer_is_refused_beside_two_answers() -> None:
     row = {"messages": [user("Q"), assistant("C")], **STRING_ANSWERS}
-    with pytest.raises(RowError, match=r"ends with an assistant's message \('C'\) is neither the chosen.*Remove it"):
+    message = r"ends with an assistant's message \('C'\) that is neither the chosen nor the rejected.*Remove it"
+    with pytest.raises(RowError, match=message):
         parse_row(row, 0)
     assert parts(parse_row({"messages": [user("Q"), assistant("C")], **WHOLE}, 0)) == CHAT  # which hold the question
 

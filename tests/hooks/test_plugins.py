@@ -23,6 +23,7 @@ from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks.offers import _PARTS
 from orpo_plugins.kernels import chunked, reference
 from orpo_plugins.layouts import padded
+from orpo_plugins.layouts.auto import best_layout
 from tests.kit import ROOT, tiny, training
 from tests.kit.kernel_cases import make_case, run_case
 
@@ -125,16 +126,19 @@ def trained(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return run(PROGRAM, site, str(folder), json.dumps(options))
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_named_with_its_version(trained: dict[str, Any]) -> None:
     (line,) = trained["active"]
     assert "kernel=double, layout=few_widths" in line
     assert line.endswith("; plugin example (orpo-example-plugin 0.1.0)")
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_row_format(trained: dict[str, Any]) -> None:
     assert trained["text"] == trained["row"]["question"] + "? "
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_kernel_a_loss_term_and_a_metric(trained: dict[str, Any]) -> None:
     for entry in trained["logged"][:2]:
         chosen, rejected = entry["logps/chosen"], entry["logps/rejected"]
@@ -145,6 +149,7 @@ def test_an_installed_package_adds_a_kernel_a_loss_term_and_a_metric(trained: di
         assert entry["length_gap"] == entry["answer_tokens/chosen"] - entry["answer_tokens/rejected"]
 
 
+@pytest.mark.slow
 def test_an_error_of_an_installed_package_reads_as_documented(trained: dict[str, Any]) -> None:
     assert trained["message"].startswith("row 7 (quiz): plugin example (orpo-example-plugin 0.1.0), hook orpo_row_form")
     assert trained["message"] in " ".join(DOCUMENT.split())
@@ -284,7 +289,7 @@ def parts(function: Callable[..., Any]) -> dict[str, tuple[str, Any, Callable[[]
         "unsupported of Layout": (
             "orpo_layouts",
             layout(unsupported=function, priority=99),
-            lambda: plugins.best_layout("auto", tiny.model()),
+            lambda: best_layout("auto", tiny.model()),
         ),
     }
 

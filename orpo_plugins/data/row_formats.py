@@ -80,7 +80,7 @@ def orpo_row_formats() -> list[RowFormat]:
         ),
         RowFormat(
             name="conversational, implicit prompt",
-            columns="chosen, rejected (message lists that begin alike)",
+            columns="chosen, rejected (message lists that begin with the same messages)",
             matches=lambda row: (
                 _has(row, "chosen", "rejected") and (_is_messages(row["chosen"]) or _is_messages(row["rejected"]))
             ),
@@ -106,7 +106,7 @@ def orpo_row_formats() -> list[RowFormat]:
         ),
         RowFormat(
             name=_IMPLICIT_STRINGS,
-            columns="chosen, rejected (strings that begin alike)",
+            columns="chosen, rejected (strings that begin with the same words)",
             # If the prompt has a column under another name, the error must say so.
             matches=lambda row: _has(row, "chosen", "rejected") and _renamed(row, "prompt") is None,
             parse=_parse_implicit_strings,
@@ -127,16 +127,16 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_st
         RowError: no format matches (the message lists the columns found and the known formats), or a value does not
             fit.
     """
-    where = f"row {index}"
+    place = f"row {index}"
     if not isinstance(row, Mapping):
-        raise RowError(f"{where}: expected a mapping from column to value, got {kind(row)}")
+        raise RowError(f"{place}: expected a mapping from column to value, got {kind(row)}")
     row = {name: plain_value(value) for name, value in row.items()}
     if media := next((column for column in MEDIA if row.get(column)), None):
-        raise RowError(f"{where}: column {media!r} is not empty, but only text can be trained on. {TEXT_ONLY}")
+        raise RowError(f"{place}: column {media!r} is not empty, but only text can be trained on. {TEXT_ONLY}")
     try:
         row |= message_lists_in_texts(row)
     except RowError as error:
-        raise RowError(f"{where}: {error}") from error
+        raise RowError(f"{place}: {error}") from error
     chosen_only = sft_rows and row.get("rejected") is None and row.get("chosen") is not None
     if chosen_only:
         # Every format reads two answers, so the chosen one is read twice.
@@ -150,8 +150,8 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_st
                 preference = _as_conversation(preference, row)
             return _without_rejected(preference, row_format) if chosen_only else preference
         except (RowError, PluginError) as error:
-            raise type(error)(f"{where} ({row_format.name}): {error}") from (error.__cause__ or error)
-    raise RowError(f"{where}: {_unknown_format(row)}")
+            raise type(error)(f"{place} ({row_format.name}): {error}") from (error.__cause__ or error)
+    raise RowError(f"{place}: {_unknown_format(row)}")
 
 
 def _without_rejected(preference: Preference, row_format: RowFormat) -> Preference:

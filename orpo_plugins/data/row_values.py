@@ -41,20 +41,20 @@ def tool_schemas(value: Any) -> list[Any]:
     raise RowError(f"column 'tools' is {kind(value)}, expected a list of JSON schemas, or the JSON text of one")
 
 
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
     """ShareGPT's tool calls in the form that chat templates read."""
-    calls = _from_json(value, where)
+    calls = _from_json(value, place)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise RowError(f"{where} is {kind(value)}, expected the JSON of a call: name and arguments")
+        raise RowError(f"{place} is {kind(value)}, expected the JSON of a call: name and arguments")
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _from_json(value: Any, where: str) -> Any:
+def _from_json(value: Any, place: str) -> Any:
     try:
         return json.loads(value)
     except (TypeError, ValueError) as error:
-        raise RowError(f"{where} is {kind(value)}, which is not valid JSON: {error}") from error
+        raise RowError(f"{place} is {kind(value)}, which is not valid JSON: {error}") from error
 
 
 def without_none(value: Any) -> Any:
@@ -101,13 +101,13 @@ def text_of(row: Row, column: str, default: str | None = None) -> str:
     return _encodable(value, f"column {column!r}")
 
 
-def _encodable(text: str, where: str) -> str:
+def _encodable(text: str, place: str) -> str:
     """Returns the text.  Raises `RowError` if it contains half of a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"{where} contains {text[error.start]!r} at position {error.start}, half of a surrogate pair: the text was "
+            f"{place} contains {text[error.start]!r} at position {error.start}, half of a surrogate pair: the text was "
             "cut or decoded wrongly. Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from error
     return text
@@ -136,28 +136,28 @@ def messages_of(row: Row, column: str) -> list[Message]:
     return [_message(message, f"message {number} of column {column!r}") for number, message in enumerate(value)]
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, place: str) -> Message:
     if not isinstance(message, Mapping):
-        raise RowError(f"{where} is {kind(message)}, expected a mapping with role and content (or from and value)")
+        raise RowError(f"{place} is {kind(message)}, expected a mapping with role and content (or from and value)")
     # Arrow adds the keys of other messages with the value None.  Templates test whether a key exists.
     rest = {key: value for key, value in message.items() if value is not None}
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content") if "content" in rest else rest.pop("value", None)
     if not isinstance(role, str):
-        raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
+        raise RowError(f"{place} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
     if role == CALL:
-        rest["tool_calls"], content = _calls(content, where), ""
+        rest["tool_calls"], content = _calls(content, place), ""
     if calls := rest.pop("tool_calls", None):  # an empty list is left out: templates test whether the key exists
-        calls = _from_json(calls, f"tool_calls of {where}") if isinstance(calls, str) else calls
+        calls = _from_json(calls, f"tool_calls of {place}") if isinstance(calls, str) else calls
         rest["tool_calls"], content = without_none(calls), content or ""
     if isinstance(content, list | tuple):
         kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
         if other := next((kind for kind in kinds if kind != "text"), None):
-            raise RowError(f"{where} has a part of type {other!r}, but only text can be trained on. {TEXT_ONLY}")
+            raise RowError(f"{place} has a part of type {other!r}, but only text can be trained on. {TEXT_ONLY}")
     if not isinstance(content, str | list | tuple):
-        raise RowError(f"{where} has {kind(content)} as its content, expected a string: keys {', '.join(message)}")
+        raise RowError(f"{place} has {kind(content)} as its content, expected a string: keys {', '.join(message)}")
     for part in [content] if isinstance(content, str) else content:
-        _encodable(str(part.get("text", "")) if isinstance(part, Mapping) else str(part), where)
+        _encodable(str(part.get("text", "")) if isinstance(part, Mapping) else str(part), place)
     known = ROLES.get(role.strip().lower(), role)
     return {"role": "assistant" if role == CALL else known, "content": content, **rest}
 

@@ -105,8 +105,8 @@ class LayoutReport:
                 f"{LAYER_SHARE * self.tolerance:.0e})"
             )
         first = self.first_layer
-        where = "No layer differs by itself" if first is None else f"The first layer that differs by itself is {first}"
-        return f"{text}. {where}. Use layout='padded' for this model, and please report it"
+        cause = "No layer differs by itself" if first is None else f"The first layer that differs by itself is {first}"
+        return f"{text}. {cause}. Use layout='padded' for this model, and please report it"
 
 
 def check_layout(

@@ -523,7 +523,11 @@ def test_a_layer_that_drops_the_keyword_fails_loudly():
         ("Bloom", {}, "BloomForCausalLM takes no position_ids"),
         ("Falcon", {}, "FalconAttention does not go through transformers' AttentionInterface (layer 0)"),
         ("Mamba", {}, "MambaForCausalLM takes no position_ids"),
-        ("Qwen3Next", {"layer_types": ["linear_attention"] * 2}, "its linear attention layers are something else"),
+        (
+            "Qwen3Next",
+            {"layer_types": ["linear_attention"] * 2},
+            "its linear attention layers are not softmax attention",
+        ),
         ("StableLm", {}, "StableLmDecoderLayer does not pass keyword arguments on to its attention"),
         ("Phimoe", {"sliding_window": 4}, "PhimoeAttention has a sliding window only in its mask"),
         ("Qwen2Moe", {"use_sliding_window": True, "max_window_layers": 2}, "Qwen2MoeAttention has a sliding window"),

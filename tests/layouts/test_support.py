@@ -120,7 +120,9 @@ def test_an_implementation_of_ones_own_is_refused_before_and_after_preparing():
     step(prepared, "shared")
     prepared.set_attn_implementation("mine")
     for made in (model(implementation="mine"), prepared):
-        with pytest.raises(errors.ModelError, match=r"attention implementation 'mine' may compute .*layout='padded'"):
+        with pytest.raises(
+            errors.ModelError, match=r"attention implementation 'mine' may not compute .*layout='padded'"
+        ):
             orpo_forward(made, batch("shared"), kernel="reference")
         with (
             pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which ignores"),

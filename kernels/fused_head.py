@@ -86,7 +86,7 @@ def fused_head(
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, means, logit_means = cast(
         tuple[Tensor, Tensor, Tensor, Tensor | None],
-        _FusedHead.apply(hidden, weight, bias, targets, objective, options, steps()),  # type: ignore[no-untyped-call]
+        _FusedHead.apply(hidden, weight, bias, targets, objective, options, steps()),  # type: ignore[no-untyped-call]  # torch's
     )
     return HeadResult(loss=loss, nll_loss=nll, logps=means, logit_means=logit_means)
 

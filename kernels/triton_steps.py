@@ -80,7 +80,7 @@ class TritonSteps:
 
 
 @triton.jit
-def _softcap(x):  # type: ignore[no-untyped-def]
+def _softcap(x):
     # (tanh(x), 1 - tanh(x)^2).  exp of a negative number cannot overflow.  The slope is not computed from tanh, because
     # 1 - tanh^2 has no digits left where tanh is close to 1.
     decayed = tl.exp(-2.0 * tl.abs(x))
@@ -88,8 +88,8 @@ def _softcap(x):  # type: ignore[no-untyped-def]
     return tl.where(x < 0, -size, size), 4.0 * decayed / ((1.0 + decayed) * (1.0 + decayed))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _scan(  # type: ignore[no-untyped-def]
+@triton.jit
+def _scan(
     products,
     products_stride,
     bias,
@@ -137,8 +137,8 @@ def _scan(  # type: ignore[no-untyped-def]
         tl.store(out + target * out_stride + column, exp_logits.to(out.dtype.element_ty), mask=in_memory)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gradient(  # type: ignore[no-untyped-def]
+@triton.jit
+def _gradient(
     products,
     products_stride,
     bias,

@@ -33,7 +33,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ def span_attention(
 
 
 # Lengths differ in every batch.  One graph break per layer is cheaper than compiling for each length.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def attend(
     query: Tensor,
     key: Tensor,
@@ -258,8 +258,10 @@ def _original_function(module: nn.Module, original: str) -> Callable[..., tuple[
     if original == "eager":
         # Each model file defines its own, always under this name.  FSDP2 makes a subclass that lives in another file.
         files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-        return next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+        found = next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))
+    else:
+        found = ALL_ATTENTION_FUNCTIONS[original]
+    return cast(Callable[..., tuple[Tensor, Tensor | None]], found)
 
 
 def _visible_context(span: Span, window: int | None) -> slice | None:
@@ -305,7 +307,7 @@ def _bias(spans: Spans, before: int, block: Tensor, window: int | None) -> Tenso
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         return torch.zeros(hidden.shape, dtype=block.dtype, device=block.device).masked_fill_(hidden, float("-inf"))
 
-    return spans.derived((before, length, window, block.dtype, block.device), make)  # type: ignore[no-any-return]
+    return spans.derived((before, length, window, block.dtype, block.device), make)
 
 
 def _unfused_attention(

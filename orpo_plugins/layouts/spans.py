@@ -6,9 +6,11 @@ function of `layouts/attention.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+DerivedT = TypeVar("DerivedT")
 
 SPANS = "orpo_spans"
 """The key of a batch, and the keyword argument of the model, that hold the `Spans`."""
@@ -47,9 +49,10 @@ class Spans:
         """Tokens of the longest sequence, context included."""
         return max(span.context_length + span.length for span in self.spans)
 
-    def derived(self, key: Any, make: Callable[[], Any]) -> Any:
+    def derived(self, key: Any, make: Callable[[], DerivedT]) -> DerivedT:
         """The cached value for `key`; `make` makes it on first use."""
         if key not in self.cache:
             with torch.inference_mode(False):  # tensors that are made in inference mode cannot be used in training
                 self.cache[key] = make()
-        return self.cache[key]
+        value: DerivedT = self.cache[key]
+        return value

@@ -51,15 +51,14 @@ def readme() -> None:
 
 
 def step() -> None:
-    """CPU time and memory per training step, TRL's and ours, by rows and setting."""
-    rows, last = [], {}
-    for path in sorted(RESULTS.glob("step-trl*.json")):
-        for name, last in json.loads(path.read_text()).items():
-            for case in last["cases"]:
-                head = f"{case['head']}{', checkpointing' if case['checkpointing'] else ''}"
-                seconds, mib = (f"{case[f'trl_{x}']:.5g} / {case[f'our_{x}']:.5g}" for x in ("seconds", "peak_mib"))
-                ratios = [f"**{case['ratio']:.2f}**", f"{case['token_ideal']:.2f}"]
-                rows.append([last["versions"]["trl"], name, case["layout"], head, seconds, *ratios, mib])
+    """CPU time and memory per training step, TRL's and ours, by rows and setting; of each kind of rows the newest."""
+    rows, newest = [], {**results("step-trl1.9.0"), **results("step-trl1.16.0")}
+    for name, last in newest.items():
+        for case in last["cases"]:
+            head = f"{case['head']}{', checkpointing' if case['checkpointing'] else ''}"
+            seconds, mib = (f"{case[f'trl_{x}']:.4g} / {case[f'our_{x}']:.4g}" for x in ("seconds", "peak_mib"))
+            ratios = [f"**{case['ratio']:.2f}**", f"{case['token_ideal']:.2f}"]
+            rows.append([last["versions"]["trl"], name, case["layout"], head, seconds, *ratios, mib])
     header = ["TRL", "rows", "layout", "head", "CPU s, TRL / ours", "ratio", "by tokens alone", "MiB, TRL / ours"]
     table(header, rows, {**last, "command": "python benchmarks/step.py"})
 

@@ -45,7 +45,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_plugins.errors import BatchError
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Objective
 from orpo_plugins.kernels.hidden_gradient import HiddenGradient
 from orpo_plugins.kernels.operands import Operands
@@ -81,10 +80,8 @@ def fused_head(
     makes the tiles smaller, and the head slower.
 
     Raises:
-        BatchError: mixed dtypes without autocast.
         RuntimeError: a second `backward()` on one loss.
     """
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
     if not torch.is_grad_enabled():  # needs_input_grad below does not know about no_grad
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, means, logit_means = cast(
@@ -92,22 +89,6 @@ def fused_head(
         _FusedHead.apply(hidden, weight, bias, targets, objective, options, steps()),  # type: ignore[no-untyped-call]
     )
     return HeadResult(loss=loss, nll_loss=nll, logps=means, logit_means=logit_means)
-
-
-def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts to autocast's dtype where it is on, as `torch.nn.Linear` would be; gradients pass through the casts."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    others = [weight] if bias is None else [weight, bias]
-    if any(other.dtype != hidden.dtype for other in others):
-        found = " and ".join(str(other.dtype) for other in others)
-        raise BatchError(
-            f"hidden is {hidden.dtype} but {'weight is' if bias is None else 'weight and bias are'} {found}: "
-            "cast them to one dtype, or run under torch.autocast"
-        )
-    return hidden, weight, bias
 
 
 class _FusedHead(torch.autograd.Function):

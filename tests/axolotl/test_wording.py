@@ -123,7 +123,7 @@ def test_the_keys_that_an_error_names_mend_it(name: str, tmp_path: Path) -> None
     ("rows", "settings", "message"),
     [
         (CONVERSATIONS, {}, "the tokenizer has no chat template: set chat_template, to chatml for one"),
-        (ROWS, {"orpo_template_strings": True}, "orpo_template_strings: true needs a chat template and the tokenizer"),
+        (ROWS, {"orpo_template_strings": True}, "orpo_template_strings: true needs a chat template, but the tokenizer"),
     ],
 )
 def test_a_chat_template_is_a_key(
@@ -139,7 +139,7 @@ def test_no_eos_token_is_a_key() -> None:
 
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"set special_tokens: \{eos_token: \.\.\.\} to what its chat"), yaml_words():
+    with pytest.raises(ConfigError, match=r"set special_tokens: \{eos_token: \.\.\.\} to the token that"), yaml_words():
         PairBuilder(tokenizer)
     tokenizer.chat_template = None
     message = r"set special_tokens: \{eos_token: \.\.\.\} to a token of its vocabulary$"

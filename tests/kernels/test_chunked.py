@@ -177,7 +177,7 @@ def test_16_bit_errors_are_no_larger_than_those_of_the_reference_in_the_same_dty
         assert gradient.dtype == dtype
         ours = relative_difference(gradient, expected[1][name])
         theirs = relative_difference(peer[1][name], expected[1][name])
-        # A kept tile is rounded before its line's coefficient is known, which is then rounded as well.
+        # A kept tile is rounded before its targets' coefficients are known, which are then rounded as well.
         allowed = 1.3 if budget and name == "weight" else 1.05
         assert ours <= allowed * theirs, f"{name}: {ours:.2e} against {theirs:.2e}"
 
@@ -229,7 +229,7 @@ def test_few_targets_take_no_wide_tiles():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("budget", [0, None, 2**26])
-def test_no_line_at_all_gives_gradients_of_zero(dtype, budget):
+def test_no_target_at_all_gives_gradients_of_zero(dtype, budget):
     nothing = torch.zeros(0, dtype=torch.int64)
     targets = Targets(
         positions=nothing,

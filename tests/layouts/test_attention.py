@@ -14,6 +14,7 @@ from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.spans import Span, Spans
 from orpo_plugins.models.router import router_coefficient
 from tests.kit.compare import assert_all_within, assert_within
@@ -88,7 +89,7 @@ def test_long_spans_in_calls_of_512_rows_are_those_of_one_call(monkeypatch):
     for options in ({}, {"window": 300}, {"softcap": 2.0}):
         found = attention.attend(*tensors, Spans(spans=spans), **options)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_rows_at_once", lambda length, *_: length)
+            patch.setattr(attention, "_block_size", lambda length, *_: length)
             assert_within(found, attention.attend(*tensors, Spans(spans=spans), **options), 1e-12)
 
 
@@ -322,7 +323,7 @@ def test_every_version_of_torchs_function_is_called_with_what_it_has(monkeypatch
 
 def test_the_installed_torch_has_a_function_that_takes_everything():
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has had it since 2.10")
-    settings = attention._Settings(scale=0.7, dropout=0.0, window=3, softcap=None)
+    settings = attention._VarlenOptions(scale=0.7, dropout=0.0, window=3, softcap=None)
     call = attention.torch_varlen(varlen.varlen_attn, 8, settings, grouped=True)
     assert call.keywords == {"scale": 0.7, "window_size": (2, 0), "enable_gqa": True}
 
@@ -372,7 +373,7 @@ def test_the_flash_attention_that_the_user_chose_comes_first(monkeypatch, chosen
 
 def test_spans_that_stand_alone_need_no_gathering():
     alone = Spans(spans=(Span(0, 4, 0, 0), Span(4, 2, 0, 0)))
-    assert attention._offsets(alone, torch.device("cpu")).key_rows is None
+    assert attention._offsets(alone, torch.device("cpu")).gathered_keys is None
 
 
 def test_masks_are_made_once_per_batch():
@@ -457,11 +458,11 @@ def test_prompt_learning_is_refused():
 
     made = get_peft_model(model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
     assert layout_support.unsupported(made) == "the prompt tuning adapter puts virtual tokens before every sequence"
-    assert plugins.best_layout("auto", made)[0].name == "padded"
+    assert best_layout("auto", made)[0].name == "padded"
 
 
 def test_auto_takes_shared_where_the_model_allows_it():
-    layout, passed_over = plugins.best_layout("auto", model())
+    layout, passed_over = best_layout("auto", model())
     assert (layout.name, passed_over) == ("shared", {})
 
 
@@ -511,7 +512,7 @@ def test_a_layer_that_drops_the_keyword_fails_loudly():
         return args, {name: value for name, value in kwargs.items() if name != "orpo_spans"}
 
     made.model.layers[1].self_attn.register_forward_pre_hook(drop, with_kwargs=True)
-    with pytest.raises(ModelError, match="LlamaAttention was not given the keyword 'orpo_spans'"):
+    with pytest.raises(ModelError, match="LlamaAttention did not get the keyword 'orpo_spans'"):
         step(made, "shared")
 
 
@@ -524,7 +525,7 @@ def test_a_layer_that_drops_the_keyword_fails_loudly():
         ("Mamba", {}, "MambaForCausalLM takes no position_ids"),
         ("Qwen3Next", {"layer_types": ["linear_attention"] * 2}, "its linear attention layers are something else"),
         ("StableLm", {}, "StableLmDecoderLayer does not pass keyword arguments on to its attention"),
-        ("Phimoe", {"sliding_window": 4}, "PhimoeAttention has a sliding window in its mask alone"),
+        ("Phimoe", {"sliding_window": 4}, "PhimoeAttention has a sliding window only in its mask"),
         ("Qwen2Moe", {"use_sliding_window": True, "max_window_layers": 2}, "Qwen2MoeAttention has a sliding window"),
     ],
 )
@@ -544,16 +545,17 @@ def test_an_unknown_attention_implementation_keeps_its_meaning():
 
     AttentionInterface.register("mine", sdpa_attention_forward)
     assert layout_support.unsupported(model(implementation="mine")).startswith(
-        "its attention implementation 'mine' may mean something else than softmax attention"
+        "its attention implementation 'mine' may not compute softmax attention"
     )
 
 
 def test_other_modules_are_refused():
     assert layout_support.unsupported(torch.nn.Linear(2, 2)) == (
-        "Linear is no transformers model, whose attention function could be replaced"
+        "Linear is no transformers model, so its attention function cannot be replaced"
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
 def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch(kernel):

@@ -168,9 +168,9 @@ def test_a_plugins_layout_goes_by_its_name() -> None:
         formats = pickle.dumps(collator("padded"))
     finally:
         get_plugin_manager().unregister(plugin)
-    with pytest.raises(errors.ConfigError, match=r"knows the layouts padded, .* has mine: register plugins where"):
+    with pytest.raises(errors.ConfigError, match=r"knows the layouts padded, .* has mine: register plugins at the"):
         pickle.loads(sent)
-    with pytest.raises(errors.ConfigError, match=r"knows the row formats .* has never, .*: register plugins where"):
+    with pytest.raises(errors.ConfigError, match=r"knows the row formats .* has never, .*: register plugins at the"):
         pickle.loads(formats)
 
 

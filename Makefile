@@ -2,7 +2,7 @@
 # make test   sets up .venv (Axolotl's stack) and .venv-latest (newest releases) and runs every test in both
 # make quick  sets up .venv-latest and runs the tests that are not marked slow there; under two minutes once installed
 # make check  style, types and the rule who may import whom
-# make fix    mends what ruff can mend, and formats
+# make fix    fixes what ruff can fix, and formats
 # make gpu    on a machine with a CUDA device: the kernels' tests there, and every benchmark of the head and of steps
 # make docs   builds the site of docs/ into build/site; any warning is an error
 # make clean  removes what the demo wrote

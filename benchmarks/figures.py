@@ -59,7 +59,7 @@ def step() -> None:
             seconds, mib = (f"{case[f'trl_{x}']:.4g} / {case[f'our_{x}']:.4g}" for x in ("seconds", "peak_mib"))
             ratios = [f"**{case['ratio']:.2f}**", f"{case['token_ideal']:.2f}"]
             rows.append([last["versions"]["trl"], name, case["layout"], head, seconds, *ratios, mib])
-    header = ["TRL", "rows", "layout", "head", "CPU s, TRL / ours", "ratio", "by tokens alone", "MiB, TRL / ours"]
+    header = ["TRL", "rows", "layout", "head", "CPU s, TRL / ours", "ratio", "by tokens only", "MiB, TRL / ours"]
     table(header, rows, {**last, "command": "python benchmarks/step.py"})
 
 

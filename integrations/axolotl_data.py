@@ -187,6 +187,7 @@ _KEYS_IN_CACHE = (
     "orpo_columns",
     "orpo_max_completion_length",
     "orpo_max_prompt_length",
+    "orpo_repeat_eos",
     "orpo_sft_rows",
     "orpo_template_strings",
     "orpo_train_on",
@@ -353,6 +354,7 @@ def pair_options(cfg: "DictDefault", dataset: "DictDefault", *, truncate: bool) 
         sft_rows=bool(cfg.orpo_sft_rows),
         train_on=cfg.orpo_train_on or "all_assistant",
         template_strings=dataset.type in CHAT_TYPES or (bool(cfg.orpo_template_strings) and dataset.type in OWN_TYPES),
+        repeat_eos=bool(cfg.orpo_repeat_eos),
     )
 
 

@@ -24,6 +24,7 @@ FIXED_OPTIONS = {
             "sft_rows",
             "train_on",
             "template_strings",
+            "repeat_eos",
         ),
         "the rows were tokenized with the old value",
     ),

@@ -27,7 +27,6 @@ from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.hooks.layout import Layout
-from orpo_plugins.hooks.plugins import best_layout
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS, cannot_change
 from orpo_plugins.integrations.hf_config import ORPOConfig
@@ -36,6 +35,7 @@ from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, todays_name
 from orpo_plugins.integrations.hf_loader import check_batches
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.integrations.hf_run_start import announce
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.models.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.models.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
 from orpo_plugins.options import ORPOFields, ORPOOptions, PairOptions

@@ -26,7 +26,7 @@ class ModelError(ORPOError):
 
 
 class PluginError(ORPOError):
-    """A third-party plugin that cannot be loaded, raised an error, or returned something else than its hook asks for.
+    """A third-party plugin that cannot be loaded, raised an error, or returned what its hook does not ask for.
 
     The message names the plugin, the hook or function, and how to keep the plugin out; `__cause__` is the plugin's own
     error, where it raised one.

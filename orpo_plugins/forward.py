@@ -270,14 +270,15 @@ def run_fused(
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         weight, bias = head_parameters(head)
         if final_bias is not None:
-            bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
+            bias = final_bias.to(weight) if bias is None else (bias + final_bias.to(weight.device)).to(weight.dtype)
         hidden = own_positions(hidden, model, inputs)
         result = run_kernel(options.kernel, hidden.flatten(0, -2), weight, bias, targets, objective, transform)
         means = None
         if options.logit_means and result.logit_means is not None:
             means = _by_side_of_targets(result.logit_means, targets)
         elif options.logit_means:
-            means = _by_side(_linear_means(hidden, weight, bias, transform), targets, inputs)
+            means = _linear_means(hidden, weight, bias, transform).to(targets.positions.device)
+            means = _by_side(means, targets, inputs)
         computed.append((result, means))
         return result.loss.reshape(1, 1, 1)
 

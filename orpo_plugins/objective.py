@@ -7,6 +7,7 @@ loss = NLL(chosen) - beta * mean over pairs of log sigmoid(odds_temperature * lo
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 from orpo_plugins.errors import BatchError, ConfigError
 
 _MINUS_LN_2 = -0.6931471805599453
+
+NumberT = TypeVar("NumberT", Tensor, float)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,6 +92,11 @@ def odds_ratio_loss(pairs: PairLogps, *, beta: float, odds_temperature: float, m
     return -beta * F.logsigmoid(odds_temperature * log_odds(pairs.chosen, pairs.rejected) - margins)
 
 
+def loss_of_means(nll_loss: NumberT, log_odds_ratio: NumberT, beta: float) -> NumberT:
+    """nll_loss - beta * log_odds_ratio: the whole objective, of means over pairs (tensors or numbers)."""
+    return nll_loss - beta * log_odds_ratio
+
+
 def orpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -129,7 +137,7 @@ def orpo_loss(
     odds = log_odds(chosen_logps, rejected_logps)
     ratio = F.logsigmoid(odds_temperature * odds)
     return ORPOOutput(
-        loss=nll_loss.reshape(()) - beta * ratio.mean(),
+        loss=loss_of_means(nll_loss.reshape(()), ratio.mean(), beta),
         nll_loss=nll_loss.reshape(()),
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,

@@ -116,13 +116,16 @@ class PairOptions:
     encoder_decoder: bool = False
     """Whether an encoder reads the prompts (see `layouts/encoder_decoder.py`)."""
     sft_rows: bool = False
-    """Whether a row may have no rejected answer: such rows are trained with the NLL alone."""
+    """Whether a row may have no rejected answer: such rows are trained only with the NLL."""
     train_on: TrainOn = "all_assistant"
     """Which assistant turns are the answer, where the two conversations differ in several: "all_assistant", or "last".
     With "last" everything before the last turn is the prompt.  Turns that both have in common always are."""
     template_strings: bool = False
     """Whether the chat template is applied to rows of strings: the prompt as a message of the user, each answer as one
     of the assistant.  Strings that have the template already stay as they are."""
+    repeat_eos: bool = False
+    """Whether an answer ends as in TRL: with what the chat template writes after EOS (a newline in ChatML), and a
+    second EOS.  The model is certain of both, which raises the mean log-probability of short answers the most."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -161,7 +164,7 @@ class ORPOOwnFields:
     )
     nll_over: NLLOver = field(
         default="sequence",
-        metadata={"help": "NLL over prompt and chosen answer (sequence) or the chosen answer alone (completion)."},
+        metadata={"help": "NLL over prompt and chosen answer (sequence) or only the chosen answer (completion)."},
     )
     nll_normalization: NLLNormalization = field(
         default="batch",
@@ -174,7 +177,7 @@ class ORPOOwnFields:
         default=None,
         metadata={
             "help": "Most tokens of a training batch on one device, counted as in its layout; None: batches are cut "
-            "by pairs alone."
+            "only by pairs."
         },
     )
     step_strategy: StepStrategy = field(
@@ -191,17 +194,19 @@ class ORPOOwnFields:
         default=None, metadata={"help": "Per-pair terms of plugins to add, as {name: weight}."}
     )
     memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes that the head may hold beyond inputs and gradients; None: automatic."}
+        default=None,
+        metadata={"help": "Bytes that the head may use in addition to inputs and gradients; None: automatic."},
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt, in tokens; None: whatever max_length leaves."}
+        default=None, metadata={"help": "Longest prompt, in tokens; None: what max_length leaves."}
     )
     truncation_mode: TruncationMode = field(
-        default="keep_end", metadata={"help": "Which part of a prompt that is too long stays: keep_end or keep_start."}
+        default="keep_end",
+        metadata={"help": "Which part of a prompt that is too long is kept: keep_end or keep_start."},
     )
     sft_rows: bool = field(
         default=False,
-        metadata={"help": "Whether rows may have no rejected answer; such rows are trained with the NLL alone."},
+        metadata={"help": "Whether rows may have no rejected answer; such rows are trained only with the NLL."},
     )
     train_on: TrainOn = field(
         default="all_assistant",
@@ -211,6 +216,12 @@ class ORPOOwnFields:
         default=False,
         metadata={
             "help": "Apply the chat template to rows of strings: the prompt as the user's, answers as the model's."
+        },
+    )
+    repeat_eos: bool = field(
+        default=False,
+        metadata={
+            "help": "End each answer with what the chat template writes behind EOS and a second EOS, as TRL does."
         },
     )
 
@@ -242,7 +253,7 @@ class ORPOFields(ORPOOwnFields):
         default=1024, metadata={"help": "Longest prompt plus answer, in tokens; None: no limit."}
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Longest answer, in tokens; None: whatever max_length leaves."}
+        default=None, metadata={"help": "Longest answer, in tokens; None: what max_length leaves."}
     )
     beta: float = field(
         default=0.1, metadata={"help": "Weight of the odds-ratio term, the paper's lambda. Alias: orpo_alpha."}

@@ -15,8 +15,8 @@ from orpo_plugins.data import (
     encoder_decoder_pairs,
     pairs,
     row_formats,
+    row_tokenizer,
     row_values,
-    tokenized_rows,
 )
 from orpo_plugins.data.pairs import PairBuilder
 from orpo_plugins.hooks import plugins, types
@@ -29,7 +29,7 @@ _OURS = (
     pairs,
     row_formats,
     row_values,
-    tokenized_rows,
+    row_tokenizer,
     types,
 )
 """The modules whose code decides how a row is tokenized."""

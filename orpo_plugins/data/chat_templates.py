@@ -18,6 +18,7 @@ Strings (`TextBuilder._plain_texts`):
 """
 
 import functools
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ from typing import Any, NamedTuple
 from orpo_plugins.data.conversations import common_prefix, count_turns, holds_conversation
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Message, Preference
+
+logger = logging.getLogger(__name__)
 
 _PLACEHOLDER = "~stand-in~"
 """The content of a message that is written only to see the text of the template around it."""
@@ -66,6 +69,12 @@ class Texts(NamedTuple):
     """Strings that contain no template were joined as they are."""
     strings_templated: bool = False
     """The chat template was applied to strings."""
+
+    def until(self, eos: str) -> "Texts":
+        """The same texts: the white space that the template writes after EOS is no part of an answer."""
+        chosen, chosen_spans = _until(self.chosen, self.chosen_spans, eos)
+        rejected, rejected_spans = _until(self.rejected, self.rejected_spans, eos)
+        return self._replace(chosen=chosen, rejected=rejected, chosen_spans=chosen_spans, rejected_spans=rejected_spans)
 
 
 class TextBuilder:
@@ -123,7 +132,35 @@ class TextBuilder:
                 "the dataset has conversations, but the tokenizer has no chat template: set tokenizer.chat_template, "
                 "or call model, tokenizer = orpo_plugins.setup_chat_format(model, tokenizer) first"
             )
+        _ = self._end_of_turn
         return self._chat_texts(preference)._replace(strings_templated=preference.plain is not None)
+
+    @functools.cached_property
+    def _end_of_turn(self) -> str:
+        """The special token that ends an answer in the chat template; empty where the template writes none.
+
+        Logs a warning, once, where this is not EOS: generation would go on after it.
+        """
+        messages = [{"role": "user", "content": _PLACEHOLDER}, {"role": "assistant", "content": _PLACEHOLDER}]
+        try:
+            closing = self._render(messages, {}).rpartition(_PLACEHOLDER)[2]
+        except RowError:
+            return ""  # a template that needs another message first
+        found = re.search(self._special_pattern, closing) if self._special_pattern else None
+        end = found.group() if found else ""
+        eos = self.tokenizer.convert_ids_to_tokens([self.tokenizer.eos_token_id])[0]
+        if end and end != eos:
+            logger.warning(
+                "the chat template ends an answer with %r, but the EOS token of the tokenizer is %r: answers are "
+                "trained to end with both, and generation that stops at EOS alone does not stop at %r. Set "
+                "tokenizer.eos_token to %r before training, or generate with eos_token_id=%d",
+                end,
+                eos,
+                end,
+                end,
+                self.tokenizer.convert_tokens_to_ids(end),
+            )
+        return end
 
     # ---- strings
 
@@ -371,6 +408,18 @@ class TextBuilder:
     def __getstate__(self) -> dict[str, Any]:
         # Without cached properties, so that a copy in another process, or a hash, depends on the tokenizer alone.
         return {"tokenizer": self.tokenizer}
+
+
+def _until(text: str, spans: list[tuple[int, int]] | None, eos: str) -> tuple[str, list[tuple[int, int]] | None]:
+    """The text and its spans, without the white space that follows EOS at their ends."""
+
+    def end(start: int, end: int) -> int:
+        part = text[start:end].rstrip()
+        return start + len(part) if part.endswith(eos) else end
+
+    if spans is not None:
+        spans = [(start, end(start, stop)) for start, stop in spans]
+    return text[: end(0, len(text))], spans
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

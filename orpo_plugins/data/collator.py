@@ -15,11 +15,12 @@ from torch.utils.data import get_worker_info
 
 from orpo_plugins.data.example import example_text
 from orpo_plugins.data.pairs import BuiltPair
-from orpo_plugins.data.tokenized_rows import RowTokenizer
+from orpo_plugins.data.row_tokenizer import RowTokenizer
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.padded import widened
 from orpo_plugins.options import NLLOver, PairOptions, TrainOn, TruncationMode, check_option
 from orpo_plugins.targets import with_weights, with_width
@@ -49,6 +50,7 @@ class ORPOCollator:
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
         show_example: whether to log the first pair of the first batch as text.
         template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
+        repeat_eos: whether each answer ends as in TRL, with a second EOS (see `PairOptions`).
         model: the model that will be trained.  `layout="auto"` needs it; a layout that it cannot run is refused.
 
     Returns (when called on a list of rows):
@@ -79,9 +81,10 @@ class ORPOCollator:
         train_on: TrainOn = "all_assistant",
         show_example: bool = True,
         template_strings: bool = False,
+        repeat_eos: bool = False,
         model: torch.nn.Module | None = None,
     ) -> None:
-        self.layout = _layout(layout) if model is None else plugins.best_layout(layout, model)[0]
+        self.layout = _layout(layout) if model is None else best_layout(layout, model)[0]
         if model is not None:
             self.layout.prepare(model)
         self.options = PairOptions(
@@ -93,6 +96,7 @@ class ORPOCollator:
             sft_rows=sft_rows,
             train_on=train_on,
             template_strings=template_strings,
+            repeat_eos=repeat_eos,
         )
         self.tokenizer = tokenizer
         self.nll_over = nll_over

@@ -18,8 +18,8 @@ import torch.utils.data
 from orpo_plugins.data.cache import fingerprint
 from orpo_plugins.data.pairs import BuiltPair, Dropped
 from orpo_plugins.data.report import FLAGS, PreparationReport
+from orpo_plugins.data.row_tokenizer import COLUMNS, NUMBERS, RowTokenizer, tokenized_row
 from orpo_plugins.data.row_values import shortened
-from orpo_plugins.data.tokenized_rows import COLUMNS, NUMBERS, RowTokenizer, tokenized_row
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.options import PairOptions
 

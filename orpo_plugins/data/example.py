@@ -1,6 +1,6 @@
 """One pair as it is trained, as text: its prompt and both answers, and which parts of them have labels.
 
-The text shows errors that no count of rows shows: a prompt that stands twice or is missing, a missing template, an
+The text shows errors that no count of rows shows: a prompt that is there twice or is missing, a missing template, an
 answer that stops in the middle.
 """
 
@@ -16,7 +16,7 @@ _LONGEST = 600
 
 
 def example_text(pair: Pair, tokenizer: Any, *, nll_over: str = "sequence") -> str:
-    """The decoded pair: one line for the prompt, and one for each answer.  Tokens with labels stand in [[ ]].
+    """The decoded pair: one line for the prompt, and one for each answer.  Tokens with labels are inside [[ ]].
 
     Args:
         pair: as a layout gets it.
@@ -24,7 +24,8 @@ def example_text(pair: Pair, tokenizer: Any, *, nll_over: str = "sequence") -> s
         nll_over: "sequence" or "completion" (the prompt does not count in the NLL).
     """
     counted = "the prompt and the chosen answer" if nll_over == "sequence" else "the chosen answer"
-    lines = [f"one pair as it is trained; [[...]] counts in the log-probability of an answer, {counted} in the NLL:"]
+    meaning = f"Tokens in [[...]] count in the answer's log-probability. The NLL counts {counted}"
+    lines = [f"one pair as it is trained. {meaning}:"]
     chosen, rejected = pair.chosen, pair.rejected
     start = prompt_length(chosen.labels)
     lines.append(_line("prompt", chosen, 0, start, tokenizer))

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orpo_plugins.data.tokenized_rows import COLUMNS
+from orpo_plugins.data.row_tokenizer import COLUMNS
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.targets import IGNORE_INDEX
 

@@ -15,6 +15,7 @@
 
 Without truncation, ids and labels are those of TRL's ORPOTrainer (1.9 to 1.16), with these intended exceptions:
 
+- An answer ends with the first EOS.  `PairOptions.repeat_eos` ends it as TRL does.
 - User messages inside an answer have no label.
 - If the prompt ends with an assistant's turn, the answer begins with its own text, not with the end of that turn.
 - If the answers contain the prompt (in the chat template), it is not written twice.
@@ -125,6 +126,8 @@ class PairBuilder:
             return Dropped(reason="empty prompt")
         if texts.chosen == texts.rejected:
             return Dropped(reason="chosen equals rejected")
+        if not self.options.repeat_eos:
+            texts = texts.until(self.tokenizer.convert_ids_to_tokens([self.tokenizer.eos_token_id])[0])
         answers = self._tokens(texts)[: 1 if preference.rejected is None else 2]
         return self._with_eos_and_fit(
             answers,
@@ -196,10 +199,7 @@ class PairBuilder:
         return answer._replace(prompt=[bos, *answer.prompt])
 
     def _with_eos(self, answer: PromptAndAnswer) -> PromptAndAnswer:
-        """Appends EOS, unless it is the last token already.
-
-        If the template ends with EOS and a newline, a second EOS follows, as in TRL.
-        """
+        """Appends EOS, unless it is the last token already."""
         eos = self.tokenizer.eos_token_id
         if answer.ids[-1] == eos:
             return answer

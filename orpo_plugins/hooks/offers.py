@@ -55,7 +55,7 @@ def offered(hook: str) -> tuple[Any, ...]:
     A hook is called again only after plugins have been registered or unregistered.
 
     Raises:
-        PluginError: a hook raises, returns something else than a list of its parts, or two parts have one name.
+        PluginError: a hook raises, does not return a list of its parts, or two parts have one name.
     """
     implementations = getattr(get_plugin_manager().hook, hook).get_hookimpls()
     return _collected(hook, tuple(reversed(implementations)))

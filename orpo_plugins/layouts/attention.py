@@ -27,6 +27,7 @@ checkpointing runs the layers again during the backward pass.
 
 import functools
 import importlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -39,11 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orpo_plugins.errors import ModelError
 from orpo_plugins.layouts.spans import SPANS, Span, Spans
 from orpo_plugins.models.head import attention_implementation, unwrap_model
+from orpo_plugins.models.state import state_of
 
 PREFIX = "orpo_"
 """`orpo_sdpa` is the name under which the replacement of `sdpa` is registered."""
@@ -52,8 +55,6 @@ REPLACEABLE = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash
 NOT_UNDERSTOOD = ("position_bias", "indices", "block_indices", "sinks")
 """Keywords that change a layer's scores in ways that span attention does not compute."""
 
-_config_readers: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]" = weakref.WeakKeyDictionary()
-"""The modules of each prepared model that read their attention implementation from a configuration."""
 _masks_off = False  # a plain global: torch.compile can guard on one, but cannot read a ContextVar
 
 
@@ -61,13 +62,13 @@ def prepare(model: nn.Module) -> None:
     """Replaces the attention implementation of `model` and of all its submodules by span attention."""
     inner = unwrap_model(model)
     modules = [module for module in inner.modules() if _reads_config(module)]
-    _config_readers[inner] = [weakref.ref(module) for module in modules]
+    state_of(inner).config_readers = [weakref.ref(module) for module in modules]
     _replace_in_configs(modules)
 
 
 def _prepare_again(model: nn.Module) -> None:
     """The same as `prepare`.  A second call does not walk over all modules: PEFT adapters multiply their number."""
-    modules = [module() for module in _config_readers.get(unwrap_model(model), ())]
+    modules = [module() for module in state_of(unwrap_model(model)).config_readers]
     if not modules or None in modules:
         prepare(model)
     else:
@@ -144,7 +145,7 @@ def span_attention(
         return _original_function(module, original)(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and _masks_off:
         raise ModelError(f"{type(module).__name__} makes an attention mask of its own: use layout='padded'")
-    return attend(query, key, value, spans, **_options(module, kwargs)), None
+    return attend(query, key, value, spans, implementation=original, **_options(module, kwargs)), None
 
 
 # Lengths differ in every batch.  One graph break per layer is cheaper than compiling for each length.
@@ -160,6 +161,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    implementation: str = "sdpa",
 ) -> Tensor:
     """Span attention.
 
@@ -177,7 +179,7 @@ def attend(
 
     Args:
         query: [1, Hq, S, d].
-        key: [1, Hkv, S, d]; Hq is a multiple of Hkv.  Keys are not copied to Hq heads.
+        key: [1, Hkv, S, d]; Hq is a multiple of Hkv.  Keys are copied to Hq heads only for torch < 2.12's varlen_attn.
         value: [1, Hkv, S, dv].
         spans: cover the S tokens.
         scale: multiplies the scores; default d ** -0.5.
@@ -185,6 +187,7 @@ def attend(
         window: each token sees itself and the `window` - 1 positions before it; None for all.
         softcap: c of c * tanh(scores / c).
         sinks: [Hq] extra scores that take part in the softmax and contribute nothing.
+        implementation: the one that was replaced. Of flash_attention_2, 3 and 4 the function is called here too.
 
     Returns:
         [1, S, Hq, dv], contiguous.
@@ -195,11 +198,11 @@ def attend(
             "with as many keys as queries. Key-value caches and virtual tokens need layout='padded'"
         )
     # 1. One call for all spans.
-    fused = softcap is None and sinks is None
-    if fused and (varlen := _varlen(query, value, dropout)):
-        options = _VarlenOptions(scale=scale, dropout=dropout, window=window)
-        return _attend_varlen(varlen, query, key, value, spans, options)
+    options = _VarlenOptions(scale=scale, dropout=dropout, window=window, softcap=softcap)
+    if sinks is None and (varlen := _varlen(query, key, value, options, implementation)):
+        return _attend_varlen(varlen, query, key, value, spans)
     # 2. Split, not slice: the gradient of each slice would be a full tensor of zeros, filled in and added.
+    fused = softcap is None and sinks is None
     lengths = [span.length for span in spans.spans]
     queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
     span_at = {span.start: number for number, span in enumerate(spans.spans)}
@@ -341,11 +344,10 @@ class _VarlenOptions:
     scale: float | None
     dropout: float
     window: int | None
+    softcap: float | None
 
 
-def _attend_varlen(
-    function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: _VarlenOptions
-) -> Tensor:
+def _attend_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     """All spans in one call of `function`.  Each span is one of its sequences, with more keys than queries.
 
     1. Queries stay as they are: span follows span.
@@ -362,8 +364,9 @@ def _attend_varlen(
     if offsets.gathered_keys is not None:
         # At most two spans use a key, so the sum of its gradients does not depend on their order.
         key, value = (x.index_select(0, offsets.gathered_keys) for x in (key, value))
-    lengths = (offsets.queries, offsets.keys, offsets.longest_query, offsets.longest_key)
-    return function(query, key, value, *lengths, options)[None]
+    out = function(query, key, value, offsets.queries, offsets.keys, offsets.longest_query, offsets.longest_key)
+    attended: Tensor = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns its normalizers as well
+    return attended[None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -397,55 +400,94 @@ def _offsets(spans: Spans, device: torch.device) -> _Offsets:
     )
 
 
-def _varlen(query: Tensor, value: Tensor, dropout: float) -> Callable[..., Tensor] | None:
-    """A variable-length function that can take these tensors: torch's own, else flash-attn's, else None."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+Varlen = Callable[..., Any]
+"""(queries [T, Hq, d], keys, values, two cumulative lengths, two longest lengths) -> [T, Hq, d], and perhaps more."""
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, options: _VarlenOptions, implementation: str) -> Varlen | None:
+    """The variable-length attention for these tensors, causal and with `options`; None without one.
+
+    The user's own choice comes first, then torch's, then flash-attn's.
+    """
+    width, grouped = query.shape[-1], query.shape[1] != key.shape[1]
+    if not _runs_flash_attention(query.device) or query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+    if width != value.shape[-1] or width > 256 or width % 8:
         return None
-    if dropout == 0.0 and _import("torch.nn.attention.varlen", "varlen_attn"):
-        return torch_varlen
-    return flash_attn_varlen if _import("flash_attn", "flash_attn_varlen_func") else None
-
-
-def torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, q: int, k: int, options: _VarlenOptions
-) -> Tensor:
-    """torch.nn.attention.varlen (torch >= 2.10).  It has no dropout."""
-    window = -1 if options.window is None else options.window - 1
-    call = _import("torch.nn.attention.varlen", "varlen_attn")
-    assert call is not None
-    grouped = query.shape[1] != key.shape[1]
-    out: Tensor = call(
-        query, key, value, queries, keys, q, k, scale=options.scale, window_size=(window, 0), enable_gqa=grouped
+    chosen = None
+    # flash-attn 4 has had versions whose soft-cap has no gradient.
+    if implementation.startswith("flash_attention") and (implementation[-1] != "4" or options.softcap is None):
+        (_, chosen, *_), _ = lazy_import_flash_attention(implementation)
+    own = _import("torch.nn.attention.varlen", "varlen_attn")
+    same_heads = torch_varlen(own, width, options, grouped=False)
+    return (
+        flash_attn_varlen(chosen, options)
+        or torch_varlen(own, width, options, grouped=grouped)
+        or flash_attn_varlen(_import("flash_attn", "flash_attn_varlen_func"), options)
+        or (same_heads and functools.partial(_with_repeated_heads, same_heads))
     )
-    return out
 
 
-def flash_attn_varlen(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, q: int, k: int, options: _VarlenOptions
-) -> Tensor:
-    """flash-attn >= 2.1.  Older versions align queries and keys of different lengths at their beginnings."""
-    call = _import("flash_attn", "flash_attn_varlen_func")
-    assert call is not None
-    out: Tensor = call(
-        query,
-        key,
-        value,
-        queries,
-        keys,
-        q,
-        k,
-        dropout_p=options.dropout,
-        softmax_scale=options.scale,
-        causal=True,
-        window_size=(-1 if options.window is None else options.window - 1, 0),
-    )
-    return out
+def _runs_flash_attention(device: torch.device) -> bool:
+    """NVIDIA's GPUs since Ampere, and AMD's."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def torch_varlen(function: Varlen | None, width: int, options: _VarlenOptions, *, grouped: bool) -> Varlen | None:
+    """`torch.nn.attention.varlen.varlen_attn` with `options`; None where its version lacks one of them.
+
+    torch 2.10 has `is_causal` alone, 2.11 `scale` and `window_size` in its place, 2.12 `enable_gqa` as well.
+    """
+    if function is None or options.dropout or options.softcap is not None:
+        return None
+    keywords: dict[str, Any] = {}
+    if options.window is None and "is_causal" in _parameters(function):
+        keywords["is_causal"] = True
+    else:
+        keywords["window_size"] = (-1 if options.window is None else options.window - 1, 0)
+    if options.scale not in (None, width**-0.5):
+        keywords["scale"] = options.scale
+    if grouped:
+        keywords["enable_gqa"] = True
+    return _with_keywords(function, keywords)
+
+
+def flash_attn_varlen(function: Varlen | None, options: _VarlenOptions) -> Varlen | None:
+    """flash-attn's `flash_attn_varlen_func` with `options`; None where its version lacks one of them.
+
+    All versions since 2.1 align queries and keys of different lengths at their ends.
+    """
+    if function is None or (options.dropout and options.softcap is not None):
+        return None
+    keywords: dict[str, Any] = {"causal": True, "softmax_scale": options.scale}
+    if options.window is not None:
+        keywords["window_size"] = (options.window - 1, 0)
+    if options.dropout:
+        keywords["dropout_p"] = options.dropout
+    if options.softcap is not None:
+        keywords["softcap"] = options.softcap
+    return _with_keywords(function, keywords)
+
+
+def _with_repeated_heads(function: Varlen, query: Tensor, key: Tensor, value: Tensor, *lengths: Any) -> Any:
+    """`function`, which takes as many heads of keys as of queries."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return function(query, key, value, *lengths)
+
+
+def _with_keywords(function: Varlen, keywords: dict[str, Any]) -> Varlen | None:
+    return functools.partial(function, **keywords) if keywords.keys() <= _parameters(function) else None
 
 
 @functools.cache
-def _import(module: str, name: str) -> Callable[..., Any] | None:
+def _parameters(function: Varlen) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@functools.cache
+def _import(module: str, name: str) -> Varlen | None:
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:

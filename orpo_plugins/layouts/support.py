@@ -26,7 +26,7 @@ from orpo_plugins.layouts.attention import NOT_UNDERSTOOD, PREFIX, REPLACEABLE, 
 from orpo_plugins.models.head import _is_encoder_only, text_config_of, unwrap_model
 
 FAMILIES = {
-    "blt": "it joins bytes to patches along the row",
+    "blt": "it joins neighbouring bytes to patches",
     "doge": "it makes attention masks from its values",
     "xlnet": "it has no causal order of its own",
 }
@@ -98,7 +98,7 @@ def _implementation(inner: nn.Module) -> str | None:
         original = str(name).removeprefix(PREFIX)
         if name is not None and original not in REPLACEABLE:
             return (
-                f"its attention implementation {original!r} may compute something else than softmax attention; "
+                f"its attention implementation {original!r} may not compute softmax attention; "
                 f"known are {', '.join(REPLACEABLE)}"
             )
     softcap = getattr(text_config_of(inner), "attn_logit_softcapping", None)
@@ -112,7 +112,7 @@ def unsupported_layer_types(config: Any) -> str | None:
     for kind in getattr(config, "layer_types", None) or ():
         if kind not in LAYER_TYPES:
             words = str(kind).replace("_", " ")
-            return f"its {words} layers are something else than softmax attention over their sequence"
+            return f"its {words} layers are not softmax attention over their sequence"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked by absolute position"
     return None
@@ -188,7 +188,7 @@ def _not_understood(attention: nn.Module, window: bool) -> str | None:
     if not _spreads_keywords(call):
         return f"{name} does not pass keyword arguments on to its attention function"
     if window and "sliding_window" not in keywords:
-        return f"{name} has a sliding window in its mask alone and does not tell its attention function"
+        return f"{name} has a sliding window only in its mask and does not pass it to its attention function"
     if unknown := next((keyword for keyword in NOT_UNDERSTOOD if keyword in keywords), None):
         return f"{name} gives its attention function {unknown!r}, which changes its scores"
     return _depends_on_implementation(attention)

@@ -136,9 +136,19 @@ def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
         )
     if not isinstance(head, nn.Linear):
         raise ModelError(f"lm_head is a {type(head).__name__}, not a torch.nn.Linear. {_REFERENCE_WAY_OUT}")
+    if weight.requires_grad and torch.is_grad_enabled() and _is_offloaded(head):
+        raise ModelError(
+            "lm_head is trainable and offloaded, and Accelerate throws the gradients of offloaded weights away. Keep "
+            "lm_head on a device (device_map), or freeze it"
+        )
     if weight.device.type == "meta":
         raise ModelError(f"lm_head is offloaded (device 'meta') during the forward. {_REFERENCE_WAY_OUT}")
     return weight, head.bias
+
+
+def _is_offloaded(head: Any) -> bool:
+    hook = getattr(head, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
 def _describe(weight: Any) -> str:
@@ -169,20 +179,23 @@ _stand_ins: "weakref.WeakKeyDictionary[nn.Module, _StandIn]" = weakref.WeakKeyDi
 @contextmanager
 def replaced_forward(head: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replaces `head.forward` inside the block.  The head's hooks still run."""
-    previous = head.__dict__.get("forward")
+    # Accelerate's hook for `device_map` is installed as `forward`.  It moves hidden states to the head's device, brings
+    # back offloaded weights, and calls `_old_forward`.
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    previous = head.__dict__.get(name)
     stand_in = _stand_ins.get(head)
     if stand_in is None:
         stand_in = _stand_ins[head] = _StandIn()
     outer, stand_in.forward = stand_in.forward, forward
-    head.forward = stand_in.untraced
+    setattr(head, name, stand_in.untraced)
     try:
         yield
     finally:
         stand_in.forward = outer
         if previous is None:
-            del head.forward
-        else:  # the head had a forward of its own already: of Accelerate's device hooks, or of an outer block
-            head.forward = previous
+            delattr(head, name)
+        else:  # the head had a forward of its own already: of an outer block, or of a hook
+            setattr(head, name, previous)
 
 
 @contextmanager
@@ -270,7 +283,7 @@ def _probe(model: nn.Module, input_ids: Tensor, others: Mapping[str, Tensor]) ->
             f"{type(unwrap_model(model)).__name__} calls its lm_head {len(sent)} times or reshapes its logits "
             f"({tuple(received.shape)}), so a fused head cannot replace it. {_REFERENCE_WAY_OUT}"
         )
-    return _explain(sent[0].double(), received.double(), type(unwrap_model(model)).__name__)
+    return _explain(sent[0].double().cpu(), received.double().cpu(), type(unwrap_model(model)).__name__)
 
 
 def keep_four_bit_trainable(model: nn.Module) -> None:

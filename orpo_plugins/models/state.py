@@ -35,6 +35,8 @@ class ModelState:
     """By the virtual tokens that an adapter puts before its rows, and by whether it was in training mode."""
     layouts: set[tuple[str, str | None]] = field(default_factory=set)
     """Layouts that it can run in, each with the attention implementation that it had then."""
+    config_readers: "list[weakref.ref[nn.Module]]" = field(default_factory=list)
+    """Its modules that read an attention implementation from their configuration; found by `layouts/attention.py`."""
 
 
 _states: "weakref.WeakKeyDictionary[nn.Module, ModelState]" = weakref.WeakKeyDictionary()

@@ -41,7 +41,7 @@ def test_conversations_then_go_through_with_bos_once() -> None:
     _, tokenizer = setup_chat_format(tiny.model(vocab_size=400), gpt2_tokenizer())
     row = {"prompt": [{"role": "user", "content": "Q"}], "chosen": "A", "rejected": "B"}
     ids = ORPOCollator(tokenizer)([row])["input_ids"][0]
-    assert tokenizer.decode(ids) == ("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n<|im_end|>")
+    assert tokenizer.decode(ids) == ("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>")
 
 
 def test_the_number_of_embeddings_may_be_rounded_up() -> None:

@@ -17,6 +17,8 @@ from tests.kit import tiny
 from tests.kit.mistral import CALLS, DIALOGUE, FILES, MODES, ROW, STRINGS, TOOLS, file, prepared, saved, tokenizer, turn
 from tests.kit.training import trainer
 
+pytestmark = pytest.mark.slow
+
 
 def encoded(messages: list[dict[str, Any]], name: str, mode: str, tools: list[Any] | None = None) -> list[int]:
     """A request, or with mode "finetuning" a whole conversation, as mistral-common itself encodes it."""

@@ -65,8 +65,37 @@ def test_a_conversation_goes_through_the_chat_template() -> None:
     pair = built({"prompt": [user("the dog")], "chosen": [assistant("sleeps")], "rejected": [assistant("jumps")]}).pair
     prompt, answer = split(pair.chosen)
     assert prompt == "<s><|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n"
-    # The template ends with a newline after EOS; TRL closes that with EOS again.
-    assert answer == "sleeps<|im_end|>\n<|im_end|>"
+    assert answer == "sleeps<|im_end|>"
+
+
+def test_repeat_eos_ends_an_answer_as_trl_does() -> None:
+    row = {"prompt": [user("the dog")], "chosen": [assistant("sleeps")], "rejected": [assistant("jumps")]}
+    pair = built(row, repeat_eos=True).pair
+    assert split(pair.chosen)[1] == "sleeps<|im_end|>\n<|im_end|>"
+    turns = [user("Q"), assistant("the fox"), user("and"), assistant("the dog")]
+    pair = built({"chosen": turns, "rejected": [user("Q"), assistant("it")]}, repeat_eos=True).pair
+    assert split(pair.chosen)[1] == "the fox<|im_end|>\nthe dog<|im_end|>\n<|im_end|>"
+
+
+def test_a_template_that_ends_answers_with_another_token_than_eos_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = chatml_tokenizer()
+    row = {"prompt": [user("the dog")], "chosen": [assistant("sleeps")], "rejected": [assistant("jumps")]}
+    built(row, tokenizer)
+    assert caplog.messages == []
+    tokenizer.eos_token = "<|im_start|>"
+    builder = PairBuilder(tokenizer)
+    for _ in range(2):
+        result = builder(parse_row(row, 0))
+    assert isinstance(result, BuiltPair)
+    assert split(result.pair.chosen, tokenizer)[1] == "sleeps<|im_end|>\n<|im_start|>"
+    (message,) = caplog.messages
+    assert message.startswith(
+        "the chat template ends an answer with '<|im_end|>', but the EOS token of the tokenizer is '<|im_start|>'"
+    )
+    assert "Set tokenizer.eos_token to '<|im_end|>' before training" in message
+    assert message.endswith(f"eos_token_id={tokenizer.convert_tokens_to_ids('<|im_end|>')}")
 
 
 def test_a_template_that_writes_bos_and_eos_has_each_once() -> None:
@@ -91,12 +120,12 @@ def test_user_messages_inside_an_answer_are_not_labelled() -> None:
     opening, closing = "<|im_start|>assistant\n", "<|im_end|>\n"
     asked = f"<s><|im_start|>user\nQ{closing}{opening}"
     assert split(pair.chosen) == (
-        f"{asked}<|im_start|>user\nand{closing}<|im_start|>user\nthen{closing}{opening}",
-        f"the fox{closing}the dog{closing}<|im_end|>",
+        f"{asked}\n<|im_start|>user\nand{closing}<|im_start|>user\nthen{closing}{opening}",
+        "the fox<|im_end|>the dog<|im_end|>",
     )
     assert split(pair.rejected) == (
-        f"{asked}<|im_start|>user\nwhy{closing}{opening}",
-        f"jumps{closing}it sleeps{closing}<|im_end|>",
+        f"{asked}\n<|im_start|>user\nwhy{closing}{opening}",
+        "jumps<|im_end|>it sleeps<|im_end|>",
     )
 
 
@@ -107,9 +136,9 @@ def test_histories_that_differ_from_a_user_message_on_are_masked_up_to_the_answe
         "rejected": [*shared, user("why"), assistant("it sleeps"), user("well")],
     }
     pair = built(row).pair
-    assert split(pair.chosen)[1] == "the dog<|im_end|>\n<|im_end|>"
-    assert split(pair.rejected)[1] == "it sleeps<|im_end|>\n"
-    assert split(pair.rejected)[0].endswith("<|im_start|>user\nwell<|im_end|>\n<|im_end|>")
+    assert split(pair.chosen)[1] == "the dog<|im_end|>"
+    assert split(pair.rejected)[1] == "it sleeps<|im_end|>"
+    assert split(pair.rejected)[0].endswith("<|im_start|>user\nwell<|im_end|>")
 
 
 def test_turns_are_found_where_the_template_rewrites_earlier_ones() -> None:
@@ -129,7 +158,7 @@ def test_turns_are_found_where_the_template_rewrites_earlier_ones() -> None:
         "rejected": [user("Q"), assistant("<think>dog</think>the fox"), user("why"), assistant("jumps")],
     }
     assert split(built(row, tokenizer).pair.chosen, tokenizer)[1] == (
-        "the dog<|im_end|>\n<think>it</think>sleeps<|im_end|>\n<|im_end|>"
+        "the dog<|im_end|><think>it</think>sleeps<|im_end|>"
     )
 
 
@@ -160,7 +189,7 @@ def test_templated_answers_beside_a_raw_prompt_do_not_repeat_it() -> None:
     assert result.repaired
     prompt, answer = split(result.pair.chosen)
     assert prompt == "<s><|im_start|>user\nthe quick brown fox jumps<|im_end|>\n<|im_start|>assistant\n"
-    assert answer == "over it<|im_end|>\n<|im_end|>"
+    assert answer == "over it<|im_end|>"
 
 
 def test_templated_answers_are_recognised_by_the_template_where_the_prompt_is_written_otherwise() -> None:
@@ -212,7 +241,7 @@ def test_special_tokens_at_the_start_of_answers_do_not_switch_the_template_off(r
     result = built({**row, "chosen": "<think>easy", "rejected": "<think>hard"}, tokenizer)
     prompt, answer = split(result.pair.chosen, tokenizer)
     assert prompt.endswith("<|im_start|>user\nthe price<|im_end|>\n<|im_start|>assistant\n")
-    assert answer == "<think>easy<|im_end|>\n<|im_end|>"
+    assert answer == "<think>easy<|im_end|>"
 
 
 def test_turns_whose_template_opens_them_with_text_alone_are_found() -> None:

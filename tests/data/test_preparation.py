@@ -18,7 +18,7 @@ from orpo_plugins.data import dataset as preparation
 from orpo_plugins.data.dataset import prepare_dataset
 from orpo_plugins.data.pairs import PairBuilder
 from orpo_plugins.data.report import PreparationReport
-from orpo_plugins.data.tokenized_rows import COLUMNS, RowTokenizer, tokenized_row
+from orpo_plugins.data.row_tokenizer import COLUMNS, RowTokenizer, tokenized_row
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.options import PairOptions
 from tests.kit import ROOT
@@ -146,7 +146,7 @@ def test_the_cache_is_found_again_and_keeps_the_report(tmp_path: Path, monkeypat
 def test_the_name_of_the_result_is_the_same_in_another_process() -> None:
     code = (
         "import datasets\nfrom tests.data import test_preparation as t\n"
-        "from orpo_plugins.data.cache import fingerprint\nfrom orpo_plugins.data.tokenized_rows import RowTokenizer\n"
+        "from orpo_plugins.data.cache import fingerprint\nfrom orpo_plugins.data.row_tokenizer import RowTokenizer\n"
         "builder = RowTokenizer(t.TOKENIZER, t.OPTIONS).builder\n"
         "print(fingerprint(datasets.Dataset.from_dict({'a': [1]}), builder, print))"
     )

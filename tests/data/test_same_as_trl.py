@@ -28,7 +28,7 @@ def trl_row(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def our_row(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, list[int]]:
-    built = PairBuilder(tokenizer, PairOptions(max_length=None))(parse_row(row, 0))
+    built = PairBuilder(tokenizer, PairOptions(max_length=None, repeat_eos=True))(parse_row(row, 0))
     assert isinstance(built, BuiltPair), built
     pair = built.pair
     return {
@@ -191,7 +191,7 @@ def test_any_strings(name: str, prompt: str, chosen: str, rejected: str) -> None
     if any(merges_more_than_one_token(tokenizer, prompt, answer) for answer in (chosen, rejected)):
         return
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    built = PairBuilder(tokenizer, PairOptions(max_length=None))(parse_row(row, 0))
+    built = PairBuilder(tokenizer, PairOptions(max_length=None, repeat_eos=True))(parse_row(row, 0))
     if isinstance(built, Dropped):
         assert chosen == rejected
     elif not built.repaired:

@@ -87,7 +87,7 @@ def test_the_kaggle_article(tmp_path: Path) -> None:
 
 def test_its_templated_rows_are_trained_as_the_conversations_that_they_were() -> None:
     pytest.importorskip("peft")
-    from orpo_plugins.data.tokenized_rows import RowTokenizer
+    from orpo_plugins.data.row_tokenizer import RowTokenizer
     from orpo_plugins.options import PairOptions
 
     tokenizer = tiny.tokenizer()

@@ -23,6 +23,7 @@ from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks.offers import _PARTS
 from orpo_plugins.kernels import chunked, reference
 from orpo_plugins.layouts import padded
+from orpo_plugins.layouts.auto import best_layout
 from tests.kit import ROOT, tiny, training
 from tests.kit.kernel_cases import make_case, run_case
 
@@ -125,16 +126,19 @@ def trained(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return run(PROGRAM, site, str(folder), json.dumps(options))
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_named_with_its_version(trained: dict[str, Any]) -> None:
     (line,) = trained["active"]
     assert "kernel=double, layout=few_widths" in line
     assert line.endswith("; plugin example (orpo-example-plugin 0.1.0)")
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_row_format(trained: dict[str, Any]) -> None:
     assert trained["text"] == trained["row"]["question"] + "? "
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_kernel_a_loss_term_and_a_metric(trained: dict[str, Any]) -> None:
     for entry in trained["logged"][:2]:
         chosen, rejected = entry["logps/chosen"], entry["logps/rejected"]
@@ -145,6 +149,7 @@ def test_an_installed_package_adds_a_kernel_a_loss_term_and_a_metric(trained: di
         assert entry["length_gap"] == entry["answer_tokens/chosen"] - entry["answer_tokens/rejected"]
 
 
+@pytest.mark.slow
 def test_an_error_of_an_installed_package_reads_as_documented(trained: dict[str, Any]) -> None:
     assert trained["message"].startswith("row 7 (quiz): plugin example (orpo-example-plugin 0.1.0), hook orpo_row_form")
     assert trained["message"] in " ".join(DOCUMENT.split())
@@ -187,7 +192,7 @@ def test_an_unknown_name_to_block_lists_the_installed_ones(
 )
 def test_an_entry_point_that_cannot_be_loaded_is_named(install: Callable[..., None], code: str, reason: str) -> None:
     install("mine", code)
-    way_out = r"Mend the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
+    way_out = r"Fix the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
     message = rf"(?s)plugin mine \(acme-orpo 1.2\) cannot be loaded from 'acme_orpo': {reason}.*\. {way_out}"
     with pytest.raises(errors.PluginError, match=message) as raised:
         get_plugin_manager()
@@ -206,7 +211,7 @@ def test_a_hook_that_raises_names_the_package_and_stops(install: Callable[..., N
     install("mine", "from orpo_plugins import hookimpl\n@hookimpl\ndef orpo_kernels(): return [][0]")
     message = (
         r"plugin mine \(acme-orpo 1.2\), hook orpo_kernels raised IndexError: list index out of range. "
-        r"Mend the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
+        r"Fix the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
     )
     with pytest.raises(errors.PluginError, match=message) as raised:
         run_case(make_case())
@@ -218,9 +223,7 @@ def test_a_hook_is_reported_whatever_it_raises(register: Callable[..., None]) ->
         raise errors.ConfigError("set ACME_HOME")
 
     register(orpo_layouts=hook)
-    with pytest.raises(
-        errors.PluginError, match=r"mine .*, hook orpo_layouts raised ConfigError: set ACME_HOME\. Mend"
-    ):
+    with pytest.raises(errors.PluginError, match=r"mine .*, hook orpo_layouts raised ConfigError: set ACME_HOME\. Fix"):
         plugins.layout("padded")
 
 
@@ -286,7 +289,7 @@ def parts(function: Callable[..., Any]) -> dict[str, tuple[str, Any, Callable[[]
         "unsupported of Layout": (
             "orpo_layouts",
             layout(unsupported=function, priority=99),
-            lambda: plugins.best_layout("auto", tiny.model()),
+            lambda: best_layout("auto", tiny.model()),
         ),
     }
 
@@ -296,7 +299,7 @@ def test_a_plugins_function_that_raises_is_named(register: Callable[..., None], 
     hook, part, call = parts(broken)[name]
     register(**{hook: lambda: [part]})
     place = rf"plugin mine \(registered in this process\), hook {hook}: {name} 'x' raised KeyError: 'mistake'"
-    way_out = r"Mend the plugin, or leave out the call of register\(\) that brings it in"
+    way_out = r"Fix the plugin, or leave out the call of register\(\) that brings it in"
     with pytest.raises(errors.PluginError, match=rf"{place}\. {way_out}$") as raised:
         call()
     assert isinstance(raised.value.__cause__, KeyError)
@@ -318,7 +321,7 @@ def test_a_plugins_function_that_returns_nothing_is_named(
 ) -> None:
     hook, part, call = parts(silent)[name]
     register(**{hook: lambda: [part]})
-    with pytest.raises(errors.PluginError, match=rf"hook {hook}: {name} 'x' returned None, not {expected}\. Mend"):
+    with pytest.raises(errors.PluginError, match=rf"hook {hook}: {name} 'x' returned None, not {expected}\. Fix"):
         call()
 
 
@@ -345,7 +348,7 @@ def test_a_hook_that_returns_something_else_is_named(
     register: Callable[..., None], returned: Any, message: str
 ) -> None:
     register(orpo_kernels=lambda: returned)
-    with pytest.raises(errors.PluginError, match=rf"{message}.*\. Mend the plugin"):
+    with pytest.raises(errors.PluginError, match=rf"{message}.*\. Fix the plugin"):
         run_case(make_case())
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orpo_plugins.data.lengths import token_costs
 from orpo_plugins.data.pairs import BuiltPair
-from orpo_plugins.data.tokenized_rows import tokenized_row
+from orpo_plugins.data.row_tokenizer import tokenized_row
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts.batches import PairBatches

@@ -15,13 +15,14 @@ from orpo_plugins.forward import orpo_forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.padded import Padded
 from tests.kit import tiny
 from tests.kit.laid_out import assert_equal_to_padded, model, random_pairs, step
 from tests.kit.training import trainer
 
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
-CONV_REASON = "its conv layers are something else than softmax attention over their sequence"
+CONV_REASON = "its conv layers are not softmax attention over their sequence"
 
 
 def batch(layout, pairs=None):
@@ -119,7 +120,9 @@ def test_an_implementation_of_ones_own_is_refused_before_and_after_preparing():
     step(prepared, "shared")
     prepared.set_attn_implementation("mine")
     for made in (model(implementation="mine"), prepared):
-        with pytest.raises(errors.ModelError, match=r"attention implementation 'mine' may compute .*layout='padded'"):
+        with pytest.raises(
+            errors.ModelError, match=r"attention implementation 'mine' may not compute .*layout='padded'"
+        ):
             orpo_forward(made, batch("shared"), kernel="reference")
         with (
             pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which ignores"),
@@ -217,7 +220,7 @@ def ignoring(self, hidden_states, position_embeddings=None, attention_mask=None,
 
 def assert_refused(made, reason):
     assert layout_support.unsupported(made) == reason
-    assert plugins.best_layout("auto", made)[0].name == "padded"
+    assert best_layout("auto", made)[0].name == "padded"
     with pytest.raises(errors.ModelError, match="cannot run in the layout of this batch"):
         orpo_forward(made, batch("shared"), kernel="reference")
 

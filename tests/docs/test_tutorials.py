@@ -80,7 +80,7 @@ def test_the_kaggle_article(tmp_path: Path) -> None:
     data = tutorials.dataset(tmp_path / "data", TRUTHY)
     said = tutorials.run(tmp_path, str(tutorials.PROGRAMS / "truthy_dpo.py"), model, data, "out")
     assert "the answers of 8 rows contained the complete conversation, so their prompt column" in said
-    assert "so that no prompt is trained twice" in said
+    assert "was left out and no prompt is trained twice" in said
     assert [entry["step"] for entry in tutorials.log_of(tmp_path / "out") if "loss" in entry] == [1, 2]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
 

@@ -105,6 +105,21 @@ def politeness() -> None:
     table(["on 100 held-out pairs", "before", "after"], rows, result)
 
 
+def answer_end() -> None:
+    """What a second EOS changes on held-out pairs of a chat model."""
+    result = results("answer_end")
+    names = {
+        "chosen_logps": "mean log-probability, chosen",
+        "rejected_logps": "mean log-probability, rejected",
+        "log_odds": "log odds ratio",
+        "accuracy": "accuracy",
+        "chosen_tokens": "tokens of a chosen answer",
+    }
+    rows = ([text, f"{result['repeated'][n]:.2f}", f"{result['first'][n]:.2f}"] for n, text in names.items())
+    table([f"on {result['rows']} held-out pairs", "`repeat_eos=True` (TRL)", "default"], rows, result)
+    print(f"\n{result['pairs_that_change_sides']} of the pairs change sides.")
+
+
 def paper_observation() -> None:
     """Before, and after training with each lambda, from both starts."""
     result = results("paper_observation")

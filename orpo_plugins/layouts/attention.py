@@ -417,7 +417,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, options: _VarlenOptions, 
     if width != value.shape[-1] or width > 256 or width % 8:
         return None
     chosen = None
-    # flash-attn 4 has had versions whose soft-cap has no gradient.
+    # The gradient of flash-attn 4's soft-cap is untried: models with one take another function.
     if implementation.startswith("flash_attention") and (implementation[-1] != "4" or options.softcap is None):
         (_, chosen, *_), _ = lazy_import_flash_attention(implementation)
     own = _import("torch.nn.attention.varlen", "varlen_attn")

@@ -167,7 +167,7 @@ def check_family(family: str) -> Result:
         except Exception as error:  # sizes that do not fit together, a missing package: reported, never hidden
             return not_built(family, error)
         reason = layout_support.unsupported(model)
-        if reason and "mask alone" in reason:
+        if reason and "only in its mask" in reason:
             with contextlib.suppress(Exception):  # a family that always has a window
                 model = tiny_model(family, sliding_window=None, use_sliding_window=False)
                 note = "without a window (with one: padded)"

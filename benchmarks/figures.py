@@ -51,16 +51,15 @@ def readme() -> None:
 
 
 def step() -> None:
-    """CPU time and memory per training step, TRL's and ours, by rows and setting."""
-    rows, last = [], {}
-    for path in sorted(RESULTS.glob("step-trl*.json")):
-        for name, last in json.loads(path.read_text()).items():
-            for case in last["cases"]:
-                head = f"{case['head']}{', checkpointing' if case['checkpointing'] else ''}"
-                seconds, mib = (f"{case[f'trl_{x}']:.5g} / {case[f'our_{x}']:.5g}" for x in ("seconds", "peak_mib"))
-                ratios = [f"**{case['ratio']:.2f}**", f"{case['token_ideal']:.2f}"]
-                rows.append([last["versions"]["trl"], name, case["layout"], head, seconds, *ratios, mib])
-    header = ["TRL", "rows", "layout", "head", "CPU s, TRL / ours", "ratio", "by tokens alone", "MiB, TRL / ours"]
+    """CPU time and memory per training step, TRL's and ours, by rows and setting; of each kind of rows the newest."""
+    rows, newest = [], {**results("step-trl1.9.0"), **results("step-trl1.16.0")}
+    for name, last in newest.items():
+        for case in last["cases"]:
+            head = f"{case['head']}{', checkpointing' if case['checkpointing'] else ''}"
+            seconds, mib = (f"{case[f'trl_{x}']:.4g} / {case[f'our_{x}']:.4g}" for x in ("seconds", "peak_mib"))
+            ratios = [f"**{case['ratio']:.2f}**", f"{case['token_ideal']:.2f}"]
+            rows.append([last["versions"]["trl"], name, case["layout"], head, seconds, *ratios, mib])
+    header = ["TRL", "rows", "layout", "head", "CPU s, TRL / ours", "ratio", "by tokens only", "MiB, TRL / ours"]
     table(header, rows, {**last, "command": "python benchmarks/step.py"})
 
 
@@ -104,6 +103,21 @@ def politeness() -> None:
     names = ("nll_loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies")
     rows = ([f"`{name}`", f"{result['before'][name]:.3f}", f"{result['after'][name]:.3f}"] for name in names)
     table(["on 100 held-out pairs", "before", "after"], rows, result)
+
+
+def answer_end() -> None:
+    """What a second EOS changes on held-out pairs of a chat model."""
+    result = results("answer_end")
+    names = {
+        "chosen_logps": "mean log-probability, chosen",
+        "rejected_logps": "mean log-probability, rejected",
+        "log_odds": "log odds ratio",
+        "accuracy": "accuracy",
+        "chosen_tokens": "tokens of a chosen answer",
+    }
+    rows = ([text, f"{result['repeated'][n]:.2f}", f"{result['first'][n]:.2f}"] for n, text in names.items())
+    table([f"on {result['rows']} held-out pairs", "`repeat_eos=True` (TRL)", "default"], rows, result)
+    print(f"\n{result['pairs_that_change_sides']} of the pairs change sides.")
 
 
 def paper_observation() -> None:

@@ -86,7 +86,7 @@ def machine() -> str:
 
 def about(*packages: str) -> dict[str, Any]:
     """What stands beside all results: command, machine, threads, and versions (None where a package is absent)."""
-    words = [Path(word).name if word.endswith(".json") else word for word in sys.argv[1:]]
+    words = [Path(word).name if word.endswith((".json", ".gguf")) else word for word in sys.argv[1:]]
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "machine": machine(),

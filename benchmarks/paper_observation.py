@@ -5,7 +5,7 @@
 Fine-tuning on chosen answers alone (lambda 0) raises the log-probability of rejected answers along with theirs; the
 odds-ratio term holds the rejected ones back.  Two starts: a model that knows nothing, and a base model made from both
 answers of the training rows alike, which knows their language and prefers neither.  From each, the same rows, order
-and steps for every lambda.  Lambda 0 computes the odds ratio without weight, so that all figures exist for it too.
+and steps for every lambda.  Lambda 0 computes the odds ratio without weight, so that all metrics exist for it too.
 
 Writes benchmarks/results/paper_observation.json and docs/images/paper_observation.png.
 """
@@ -23,7 +23,7 @@ from measure import ROOT, about, pyplot, save
 from politeness import make_trainer, parser, rows_and_tokenizer, small_llama
 
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
-FIGURES = ("logps/chosen", "logps/rejected", "log_odds_chosen", "rewards/accuracies", "nll_loss")
+METRICS = ("logps/chosen", "logps/rejected", "log_odds_chosen", "rewards/accuracies", "nll_loss")
 COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:red")
 
 
@@ -45,13 +45,13 @@ STARTS = {
 
 
 def train(model: Any, tokenizer: Any, rows: list[Any], held_out: list[Any] | None, **options: Any) -> list[Any]:
-    """Trains `model` in place; the held-out figures before training and every 25 steps."""
+    """Trains `model` in place; the held-out metrics before training and every 25 steps."""
     with tempfile.TemporaryDirectory() as folder:
         options["eval_on_start"] = held_out is not None
         trainer = make_trainer(model, tokenizer, rows, held_out, folder, **options)
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    return [{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in FIGURES}} for entry in history]
+    return [{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in METRICS}} for entry in history]
 
 
 def first_model(tokenizer: Any, rows: list[Any], seed: int, epochs: float) -> Any:
@@ -83,7 +83,7 @@ def mean_curve(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     """The mean over seeds at each step, and the largest distance of a seed from it for the log-probabilities."""
     points = []
     for entries in zip(*runs, strict=True):
-        point = {name: statistics.fmean(entry[name] for entry in entries) for name in ("step", *FIGURES)}
+        point = {name: statistics.fmean(entry[name] for entry in entries) for name in ("step", *METRICS)}
         for name in ("logps/chosen", "logps/rejected"):
             point[f"{name}/spread"] = max(abs(entry[name] - point[name]) for entry in entries)
         points.append({name: round(value, 5) for name, value in point.items()})

@@ -291,7 +291,7 @@ def plot() -> None:
     axes.axvline(1, color="tab:gray", linewidth=1)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_xlabel("times cheaper than TRL (black: tokens alone)")
+    axes.set_xlabel("times cheaper than TRL (black: tokens only)")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "images" / "step.png", dpi=120, bbox_inches="tight")
 

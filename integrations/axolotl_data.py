@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.utils.dict import DictDefault
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger("axolotl.orpo_plugins")
 
@@ -83,7 +83,7 @@ def serve_evaluate() -> None:
         caller.prepare_preference_datasets = prepare_preference_datasets
 
 
-def prepare_preference_datasets(cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> tuple[Any, Any]:
+def prepare_preference_datasets(cfg: "DictDefault", tokenizer: "Tokenizer") -> tuple[Any, Any]:
     """(train, eval): tokenized by us for a config with `rl: orpo` and the plugin, else loaded by Axolotl."""
     from axolotl.utils.data.rl import prepare_preference_datasets as native
 
@@ -107,7 +107,7 @@ def dataset_meta(cfg: "DictDefault") -> "TrainDatasetMeta":
 
 
 @yaml_words()
-def load(cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> tuple[Any, Any]:
+def load(cfg: "DictDefault", tokenizer: "Tokenizer") -> tuple[Any, Any]:
     """(train, eval) as tokenized pairs; eval is None without `test_datasets` and `val_set_size`.
 
     One process tokenizes and saves the pairs; the others wait and read them.
@@ -142,7 +142,7 @@ def load(cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> tuple[Any,
     return train, evaluation
 
 
-def _load_split(cfg: "DictDefault", split: str, tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+def _load_split(cfg: "DictDefault", split: str, tokenizer: "Tokenizer") -> "Dataset":
     """One split, from the cache where it has been saved there."""
     from axolotl.utils.data.shared import (
         datasets_with_name_generator,
@@ -167,7 +167,7 @@ def _load_split(cfg: "DictDefault", split: str, tokenizer: "PreTrainedTokenizerB
     return merged
 
 
-def cache_key(cfg: "DictDefault", split: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+def cache_key(cfg: "DictDefault", split: str, tokenizer: "Tokenizer") -> str:
     """A digest of everything that the tokenized rows depend on, with the contents of local files."""
     from axolotl.utils.data.shared import generate_dataset_hash_from_config
 
@@ -203,12 +203,7 @@ def _digest(path: Path) -> str | None:
 
 
 def tokenized(
-    dataset: "DictDefault",
-    cfg: "DictDefault",
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    columns: Mapping[str, str],
-    index: int,
+    dataset: "DictDefault", cfg: "DictDefault", tokenizer: "Tokenizer", *, columns: Mapping[str, str], index: int
 ) -> "Dataset":
     """One entry of `datasets`, tokenized.  The log says what was cut or dropped."""
     from orpo_plugins.data.dataset import prepare_dataset
@@ -233,7 +228,7 @@ def tokenized(
     return drop_too_long(pairs, cfg.sequence_len, strategy, name, encoder_decoder=options.encoder_decoder)
 
 
-def _check_format(dataset: "DictDefault", tokenizer: "PreTrainedTokenizerBase") -> None:
+def _check_format(dataset: "DictDefault", tokenizer: "Tokenizer") -> None:
     """Raises `ConfigError` for keys that write special tokens as text, where the tokenizer cannot encode these."""
     if not gives_chats_as_ids(tokenizer):
         return
@@ -275,7 +270,7 @@ def _renamed(rows: "Dataset", columns: Mapping[str, str], name: str) -> "Dataset
 
 
 def _native_rows(
-    rows: "Dataset", dataset: "DictDefault", cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase", index: int
+    rows: "Dataset", dataset: "DictDefault", cfg: "DictDefault", tokenizer: "Tokenizer", index: int
 ) -> "Dataset":
     """The rows after one of Axolotl's own dataset types: prompt, chosen and rejected, as strings."""
     from axolotl.prompt_strategies.orpo import load as load_type
@@ -305,7 +300,7 @@ def _native_rows(
 
 
 def _keys_in_place_of_type(
-    rows: "Dataset", dataset: "DictDefault", cfg: "DictDefault", tokenizer: "PreTrainedTokenizerBase"
+    rows: "Dataset", dataset: "DictDefault", cfg: "DictDefault", tokenizer: "Tokenizer"
 ) -> Iterator[tuple[str, str]]:
     """The keys to set instead of a `type` that Axolotl has for other methods, and not for ORPO."""
     from axolotl.utils.schemas.enums import ChatTemplate
@@ -386,7 +381,7 @@ def _own_template(dataset: "DictDefault") -> str | None:
     return None if name in (None, "", "tokenizer_default") else str(name)
 
 
-def _with_template(tokenizer: "PreTrainedTokenizerBase", dataset: "DictDefault") -> "PreTrainedTokenizerBase":
+def _with_template(tokenizer: "Tokenizer", dataset: "DictDefault") -> "Tokenizer":
     """The tokenizer; a copy with the dataset's own chat template, where the dataset has one."""
     if _own_template(dataset) is None:
         return tokenizer

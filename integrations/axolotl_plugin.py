@@ -31,6 +31,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.utils.dict import DictDefault
 
 # Axolotl shows INFO lines of loggers below its own name only.
 logger = logging.getLogger("axolotl.orpo_plugins")
@@ -89,16 +90,16 @@ class ORPOPlugin(BasePlugin):
         """The path of the schema of our YAML keys."""
         return "orpo_plugins.integrations.axolotl_arguments.ORPOInputArgs"
 
-    def pre_model_load(self, cfg: Any) -> None:
+    def pre_model_load(self, cfg: "DictDefault") -> None:
         """Adds our fields to the training arguments.  Axolotl makes these right after this call."""
         if is_ours(cfg):
             add_training_arguments()
 
-    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+    def get_training_args(self, cfg: "DictDefault") -> dict[str, Any] | None:
         """The values of our YAML keys."""
         return training_arguments(cfg) if is_ours(cfg) else None
 
-    def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
+    def load_datasets(self, cfg: "DictDefault", preprocess: bool = False) -> "TrainDatasetMeta | None":
         """Tokenized pairs for `axolotl train` and `axolotl preprocess`; any row format, any dataset type."""
         del preprocess  # cfg.is_preprocess says the same
         if not is_ours(cfg):

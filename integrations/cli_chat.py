@@ -24,7 +24,7 @@ from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.models.head import is_encoder_decoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _EMBEDDINGS = ("embed", "wte", "lm_head")
 
@@ -142,7 +142,7 @@ def typed_lines(stream: TextIO) -> Iterator[str]:
 
 def load(
     name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
-) -> tuple[Any, "PreTrainedTokenizerBase"]:
+) -> tuple[Any, "Tokenizer"]:
     """(model in eval mode on its device, tokenizer) from a model's name or folder, or from an adapter's folder.
 
     Raises `ConfigError` where no model is found under the name, `MissingExtraError` for an adapter without peft.
@@ -204,7 +204,7 @@ def _embeddings_in(folder: str) -> int:
 
 def chat(
     model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "Tokenizer",
     lines: Iterable[str],
     options: ChatOptions | None = None,
     *,
@@ -292,11 +292,7 @@ def _messages(lines: Iterable[str], speakers: list[Speaker], options: ChatOption
 
 
 def answer(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
-    options: ChatOptions,
-    output: TextIO,
+    model: Any, tokenizer: "Tokenizer", messages: list[dict[str, str]], options: ChatOptions, output: TextIO
 ) -> str:
     """The next message, written to `output` as it is generated."""
     import torch
@@ -322,11 +318,11 @@ def answer(
     return str(tokenizer.decode(generated[0, start:], skip_special_tokens=True))
 
 
-def _has_chats(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _has_chats(tokenizer: "Tokenizer") -> bool:
     return tokenizer.chat_template is not None or gives_chats_as_ids(tokenizer)
 
 
-def _prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], *, encoder: bool) -> list[int]:
+def _prompt(tokenizer: "Tokenizer", messages: list[dict[str, str]], *, encoder: bool) -> list[int]:
     """The token ids that the model continues, made as in training."""
     if gives_chats_as_ids(tokenizer):
         said = [message for message in messages if message["content"]]  # mistral-common refuses an empty answer
@@ -341,7 +337,7 @@ def _prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
     return list(tokenizer(text, add_special_tokens=not _has_chats(tokenizer))["input_ids"])
 
 
-def _ends(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _ends(model: Any, tokenizer: "Tokenizer") -> list[int]:
     """Every token that ends an answer: the config of a base model may lack the end of a turn."""
     known = model.generation_config.eos_token_id
     own = known if isinstance(known, list) else [known]

@@ -1,4 +1,7 @@
-"""What an evaluation needs beside `Trainer`'s loop: tokenized sets, which pairs count, and the loss of a whole set."""
+"""What an evaluation needs beside `Trainer`'s loop: tokenized sets, which pairs count, and the loss of a whole set.
+
+`hf_metrics.py` sums the metrics of its batches.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +12,7 @@ from transformers import TrainingArguments
 
 from orpo_plugins.data.dataset import are_several, as_rows, is_tokenized
 from orpo_plugins.models.router import router_coefficient
+from orpo_plugins.objective import loss_of_means
 from orpo_plugins.options import ORPOOptions
 
 
@@ -38,5 +42,5 @@ def number_that_count(accelerator: Accelerator, num_pairs: int) -> int:
 def loss_of_set(metrics: Mapping[str, float], options: ORPOOptions, model: nn.Module) -> float:
     """The loss of a whole evaluation set, from the means of its metrics."""
     terms = (weight * metrics[f"loss_terms/{name}"] for name, weight in options.loss_terms.items())
-    loss = metrics["nll_loss"] - options.beta * metrics["log_odds_ratio"] + sum(terms)
+    loss = loss_of_means(metrics["nll_loss"], metrics["log_odds_ratio"], options.beta) + sum(terms)
     return loss + router_coefficient(model) * metrics["aux_loss"] if "aux_loss" in metrics else loss

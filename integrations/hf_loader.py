@@ -142,7 +142,7 @@ def pair_batches(trainer: Trainer) -> PairBatches | None:
     return batches
 
 
-def loader(trainer: Trainer, batches: PairBatches) -> Any:
+def loader(trainer: Trainer, batches: PairBatches) -> DataLoader[Any]:
     """The training loader over these batches, with the arguments' workers, prepared by Accelerate."""
     args, accelerator = trainer.args, trainer.accelerator
     dataset: Any = trainer.train_dataset
@@ -160,7 +160,7 @@ def loader(trainer: Trainer, batches: PairBatches) -> Any:
             trainer_utils.seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
         ),
     )
-    prepared: Any = prepare_data_loader(
+    prepared = prepare_data_loader(
         made,
         accelerator.device,
         num_processes=1,
@@ -171,7 +171,8 @@ def loader(trainer: Trainer, batches: PairBatches) -> Any:
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
     prepared._is_accelerate_prepared = True
-    return accelerator.prepare_data_loader(prepared)  # only registers it
+    registered: DataLoader[Any] = accelerator.prepare_data_loader(prepared)
+    return registered
 
 
 def _plan(batches: PairBatches, args: TrainingArguments) -> None:
@@ -211,10 +212,10 @@ def _log_plan(batches: PairBatches, trainer: Trainer) -> None:
 # ---- what a row costs
 
 
-def sizes(dataset: Any, collator: Any) -> tuple[list[tuple[int, ...]], bool]:
+def sizes(dataset: Any, collator: object) -> tuple[list[tuple[int, ...]], bool]:
     """(`PairBatches.lengths`, `PairBatches.padded`) of a tokenized dataset under the collator's layout.
 
-    A collator that is none of ours is taken for one of *padded*, which needs the most.
+    Another collator than `ORPOCollator` is taken for one of *padded*, which needs the most tokens.
     """
     if not isinstance(collator, ORPOCollator):
         return token_costs(dataset, plugins.layout(plugins.REFERENCE_LAYOUT)), True
@@ -229,26 +230,28 @@ class EpochTokens:
     computed: int
     """Tokens that the model computes in the collator's layout."""
     sequences: int
-    """Tokens of all sequences, without padding, and a prompt in each of its two."""
+    """Tokens of all sequences without padding; each prompt counts twice, once in each of its two sequences."""
     padded: int
-    """Tokens as *padded* in batches of the trainer's number of pairs, sampled as its are."""
+    """Tokens in the layout *padded*, in batches of the trainer's number of pairs and in its order."""
     exact: bool
     """False where only some rows have been counted."""
 
 
 def epoch_tokens(trainer: Trainer) -> EpochTokens | None:
-    """Counted from the columns, of a large dataset from every nth row; None where the rows are not tokenized."""
+    """What an epoch costs, from the lengths of all rows, or of every nth row of a large dataset.
+
+    None where the rows are not tokenized, and for a stream.
+    """
     rows: Any = trainer.train_dataset
-    collator = trainer.data_collator
     if not (isinstance(rows, list) or hasattr(rows, "with_format")) or not has_length(rows) or not len(rows):
-        return None  # a stream, or a dataset that may make its rows anew each time they are read
+        return None  # a stream, or a dataset whose rows may differ each time they are read
     if not is_tokenized(rows):
         return None
     total = len(rows)
     if total > _COUNTED_ROWS:
         picked = range(0, total, -(-total // _COUNTED_ROWS))
         rows = rows.select(picked) if hasattr(rows, "select") else [rows[index] for index in picked]
-    costs, pads = sizes(rows, collator)
+    costs, pads = sizes(rows, trainer.data_collator)
     as_padded = token_costs(rows, plugins.layout(plugins.REFERENCE_LAYOUT))
     sequences = sum(int((lengths.chosen + lengths.rejected).sum()) for lengths in pair_lengths(rows))
     computed = _padded_tokens(costs, trainer) if pads else sum(map(sum, costs))

@@ -194,7 +194,7 @@ class ORPOMethods(Trainer):
         finally:
             self._forget_the_run()
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """Cuts batches by tokens or by length where the arguments ask for that.
 
         The layout is checked first, because the number of tokens of a pair depends on it.  A model that FSDP or

@@ -26,8 +26,9 @@ from orpo_plugins.hooks.types import Pair
 from orpo_plugins.integrations.hf_loader import epoch_tokens, has_length
 from orpo_plugins.kernels.reference import unsupported
 from orpo_plugins.layouts.check import check_layout
-from orpo_plugins.models.checks import Examined, examine, too_few_positions
+from orpo_plugins.models.checks import examine, too_few_positions
 from orpo_plugins.models.head import in_mode, is_encoder_decoder, output_head
+from orpo_plugins.models.state import Examined
 from orpo_plugins.models.virtual_tokens import adapter_of, checkpointed, is_in_the_cache, stop_checkpointing
 from orpo_plugins.options import ORPOOptions
 
@@ -282,7 +283,7 @@ def log_example(trainer: Trainer) -> None:
 
 
 def epoch_cost(trainer: Trainer) -> str | None:
-    """What an epoch costs, in words; None where no length is known beforehand."""
+    """The number of tokens of an epoch, in words; None where the lengths of the rows are not known beforehand."""
     if not isinstance(trainer.data_collator, ORPOCollator) or (counts := epoch_tokens(trainer)) is None:
         return None
     layout = trainer.data_collator.layout
@@ -293,7 +294,7 @@ def epoch_cost(trainer: Trainer) -> str | None:
 
 
 def batch_cost(trainer: Trainer, batch: dict[str, Any]) -> str | None:
-    """What a batch costs, in words, for rows that are tokenized on the way; reads no tensor's values."""
+    """The number of tokens of a batch, in words, for rows that are tokenized batch by batch; waits for no device."""
     if not isinstance(trainer.data_collator, ORPOCollator) or trainer.data_collator.layout.encoder_decoder:
         return None
     layout, pairs = trainer.data_collator.layout, batch["shift_labels"].shape[0] // 2

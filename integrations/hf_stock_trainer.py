@@ -262,7 +262,7 @@ def _check_fusable(trainer: object) -> None:
     """Raises `ConfigError` for a trainer that has something which `fuse_head` would ignore."""
     kind = type(trainer)
     if not isinstance(trainer, Trainer):
-        raise ConfigError(f"{kind.__name__} is no transformers.Trainer: for a loop of one's own there is orpo_forward")
+        raise ConfigError(f"{kind.__name__} is no transformers.Trainer: in a loop of your own, call orpo_forward")
     if isinstance(trainer, ORPOMethods):
         raise ConfigError(
             f"{kind.__name__} has the fused head already: leave fuse_head out. trainer.kernel and "

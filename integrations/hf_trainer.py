@@ -8,9 +8,10 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,13 +21,12 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, number_of_arguments
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, number_of_arguments
 
 from orpo_plugins.data.collator import ORPOCollator
 from orpo_plugins.data.dataset import are_several, prepare_dataset
 from orpo_plugins.errors import ConfigError, missing_extra
 from orpo_plugins.hooks.layout import Layout
-from orpo_plugins.hooks.plugins import best_layout
 from orpo_plugins.integrations import hf_tokenizer as text_tokenizer
 from orpo_plugins.integrations.hf_changed_options import FIXED_OPTIONS, LOSS_OPTIONS, RUN_OPTIONS, cannot_change
 from orpo_plugins.integrations.hf_config import ORPOConfig
@@ -35,9 +35,13 @@ from orpo_plugins.integrations.hf_legacy_arguments import is_legacy, todays_name
 from orpo_plugins.integrations.hf_loader import check_batches
 from orpo_plugins.integrations.hf_mixin import ORPOMethods
 from orpo_plugins.integrations.hf_run_start import announce
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.models.head import config_of, is_encoder_decoder, output_head
 from orpo_plugins.models.virtual_tokens import checkpointed, is_in_the_cache, stop_checkpointing
 from orpo_plugins.options import ORPOFields, ORPOOptions, PairOptions
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +78,10 @@ class ORPOTrainer(ORPOMethods):
         processing_class: Any = None,
         model_init: Callable[..., nn.Module] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
-        peft_config: Any = None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: "PeftConfig | None" = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -98,17 +102,15 @@ class ORPOTrainer(ORPOMethods):
         nll_over = getattr(data_collator, "nll_over", args.nll_over)
         announce(example, args, args.options(), layout, nll_over=nll_over, passed_over=passed_over)
         options = pair_options(args, encoder_decoder=is_encoder_decoder(example))
+        prepare = self._prepare = functools.partial(prepared, tokenizer=tokenizer, options=options, args=args)
         if train_dataset is not None:
             with args.main_process_first(desc="tokenizing the training set"):
-                train_dataset = prepared(train_dataset, tokenizer, options, args, "train")
+                train_dataset = prepare(train_dataset, name="train")
         with args.main_process_first(desc="tokenizing the evaluation set"):
             if are_several(eval_dataset):
-                eval_dataset = {
-                    name: prepared(rows, tokenizer, options, args, name) for name, rows in eval_dataset.items()
-                }
+                eval_dataset = {name: prepare(rows, name=name) for name, rows in eval_dataset.items()}
             elif eval_dataset is not None:
-                eval_dataset = prepared(eval_dataset, tokenizer, options, args, "eval")
-        self._prepare = functools.partial(prepared, tokenizer=tokenizer, options=options, args=args)
+                eval_dataset = prepare(eval_dataset, name="eval")
         self._own_collator = data_collator is not None
         super().__init__(
             model=None if model is None else example,
@@ -226,7 +228,7 @@ def load_model(model: nn.Module | str | None, args: ORPOConfig) -> nn.Module:
     return loaded
 
 
-def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: "PeftConfig | None") -> nn.Module:
     """Switches dropout off, adds the PEFT adapter, and makes the inputs require gradients, in this order."""
     output_head(model)
     if args.disable_dropout:
@@ -250,7 +252,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # a plain number in transformers' attention layers
 
 
-def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: "PeftConfig | None") -> nn.Module:
     """Wraps the model with PEFT; a quantized model is prepared for k-bit training first."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -275,7 +277,7 @@ def add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Modu
 
 
 def _prepared_model_init(
-    model_init: Callable[..., nn.Module] | None, args: ORPOConfig, peft_config: Any
+    model_init: Callable[..., nn.Module] | None, args: ORPOConfig, peft_config: "PeftConfig | None"
 ) -> Callable[..., Any] | None:
     if model_init is None:
         return None
@@ -311,7 +313,7 @@ def prepared(rows: Any, tokenizer: PreTrainedTokenizerBase, options: PairOptions
     return dataset
 
 
-def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
+def collator(tokenizer: PreTrainedTokenizerBase, args: ORPOConfig, layout: str) -> ORPOCollator:
     """The collator that belongs to the arguments."""
     lengths = dataclasses.asdict(pair_options(args))
     del lengths["encoder_decoder"]  # the layout says it
@@ -325,7 +327,7 @@ def collator(tokenizer: Any, args: Any, layout: str) -> ORPOCollator:
     )
 
 
-def chosen_layout(model: nn.Module, args: Any, data_collator: Any = None) -> tuple[Layout, dict[str, str]]:
+def chosen_layout(model: nn.Module, args: ORPOConfig, data_collator: object) -> tuple[Layout, dict[str, str]]:
     """The layout to train in, ready for the model, and why preferred ones were passed over.
 
     A collator of the user's own has chosen already.

@@ -41,10 +41,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_plugins.errors import BatchError
 from orpo_plugins.hooks.types import HeadOptions, HeadResult, Objective
 from orpo_plugins.kernels.hidden_gradient import HiddenGradient
 from orpo_plugins.kernels.operands import Operands
@@ -80,33 +80,15 @@ def fused_head(
     makes the tiles smaller, and the head slower.
 
     Raises:
-        BatchError: mixed dtypes without autocast.
         RuntimeError: a second `backward()` on one loss.
     """
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
     if not torch.is_grad_enabled():  # needs_input_grad below does not know about no_grad
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss, nll, means, logit_means = cast(
         tuple[Tensor, Tensor, Tensor, Tensor | None],
-        _FusedHead.apply(hidden, weight, bias, targets, objective, options, steps()),  # type: ignore[no-untyped-call]
+        _FusedHead.apply(hidden, weight, bias, targets, objective, options, steps()),  # type: ignore[no-untyped-call]  # torch's
     )
     return HeadResult(loss=loss, nll_loss=nll, logps=means, logit_means=logit_means)
-
-
-def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts to autocast's dtype where it is on, as `torch.nn.Linear` would be; gradients pass through the casts."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    others = [weight] if bias is None else [weight, bias]
-    if any(other.dtype != hidden.dtype for other in others):
-        found = " and ".join(str(other.dtype) for other in others)
-        raise BatchError(
-            f"hidden is {hidden.dtype} but {'weight is' if bias is None else 'weight and bias are'} {found}: "
-            "cast them to one dtype, or run under torch.autocast"
-        )
-    return hidden, weight, bias
 
 
 class _FusedHead(torch.autograd.Function):
@@ -124,24 +106,27 @@ class _FusedHead(torch.autograd.Function):
         need_hidden, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
         trainable = need_weight or need_bias
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
-            gradient = HiddenGradient.from_options(hidden, targets.positions, options) if need_hidden else None
+            count = len(targets.positions)
+            positions, token_ids = (repeat_last(x, steps.alignment) for x in (targets.positions, targets.token_ids))
+            gradient = HiddenGradient.from_options(hidden, positions, options) if need_hidden else None
             order = None if gradient is None else gradient.order
             inputs = Operands(
                 hidden,
                 weight,
                 bias,
-                positions=in_order(targets.positions, order),
-                token_ids=in_order(targets.token_ids, order),
+                positions=in_order(positions, order),
+                token_ids=in_order(token_ids, order),
                 transform=Transform.from_options(options),
                 tiling=Tiling.plan(
-                    len(targets.positions), weight, options, trainable=trainable, fp32_products=steps.fp32_products
+                    len(positions), weight, options, trainable=trainable, fp32_products=steps.fp32_products
                 ),
                 steps=steps,
             )
             scan = Scan(inputs, need_means=options.logit_means, need_weight=trainable).run(gradient)
-            logit_means = None if scan.logit_means is None else in_table_order(scan.logit_means, order)
-            logps = in_table_order(scan.logps, order)
+            logit_means = None if scan.logit_means is None else in_table_order(scan.logit_means, order)[:count]
+            logps = in_table_order(scan.logps, order)[:count]
             loss, nll, means, w = differentiate_objective(logps, targets, objective, need_w=any(needs))
+            w = F.pad(w, (0, len(positions) - count))  # what was repeated weighs nothing
             w, ctx.unit = in_safe_unit(in_order(w, order), hidden.dtype)
             piece = inputs.tiling.piece
             d_hidden = None if gradient is None else gradient.finish(w * inputs.transform.derivative, piece)
@@ -169,6 +154,11 @@ class _FusedHead(torch.autograd.Function):
             factor = factor.view(1) if factor.is_cuda else factor
             gradients = [None if given is None else given.mul_(factor) for given in gradients]
         return *gradients, None, None, None, None
+
+
+def repeat_last(values: Tensor, multiple: int) -> Tensor:
+    """[N]: `values` with the last one repeated, up to a number of values that `multiple` divides."""
+    return torch.cat([values, values[-1:].expand(-len(values) % multiple)]) if len(values) % multiple else values
 
 
 def in_order(values: Tensor, order: Tensor | None) -> Tensor:

@@ -96,7 +96,7 @@ class HiddenGradient:
             gradient, first = self._waiting, self._first
             self._move(gradient, factors, piece)
         for targets in cut(len(self._positions), piece, start=first):
-            # At most two targets read a position in our layouts, so that on a GPU too the sum has one result.
+            # At most two targets with a weight read a position in our layouts: on a GPU too, the sum has one result.
             gradient.index_add_(0, self._positions[targets], self._weighted(targets, factors))
         del self._waiting, self._second  # memory that the weight's gradient can use
         return gradient

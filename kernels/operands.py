@@ -65,6 +65,8 @@ class Operands:
     def products(self, a: Tensor, b: Tensor | Blocks, center: Tensor | None) -> Tensor:
         """a @ b.T - center.  The memory is used again by the next call."""
         memory = self._reused("products", len(a), len(b))
+        if memory is None and self.steps.alignment > 1:
+            memory = self.tile_memory(len(a), len(b), self.wide)
         if center is None:
             return times_transposed(a, b, memory)
         assert isinstance(b, Tensor)  # blocks are for fp32, centers for bf16
@@ -99,4 +101,14 @@ class Operands:
 
     def like(self, products: Tensor) -> Tensor:
         """Where a tile goes in order to be multiplied: `products` itself unless it is too wide."""
-        return products if products.dtype == self.dtype else torch.empty_like(products, dtype=self.dtype)
+        if products.dtype == self.dtype:
+            return products
+        return self.tile_memory(len(products), products.shape[1], self.dtype)
+
+    def tile_memory(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns], not yet written, with rows padded to `TileSteps.alignment`."""
+        return self.weight.new_empty(rows, self.padded(columns), dtype=dtype)[:, :columns]
+
+    def padded(self, count: int) -> int:
+        """The next multiple of `TileSteps.alignment`."""
+        return count + -count % self.steps.alignment

@@ -11,8 +11,6 @@ from torch import Tensor
 # against 465 GFLOP/s per two Zen 5 cores.  oneDNN, which ships with torch as well, does not.  This is the operator
 # that torch.compile itself emits for linear layers; there is no public name for it.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# torch 2.8 added `out_dtype`, fp32 results of 16-bit products.
-_HAS_FP32_RESULTS = hasattr(torch.ops.aten.mm, "dtype")
 _HUGE_PAGES_FROM = 2**22
 """Bytes from which a buffer is worth pages of 2 MiB."""
 
@@ -37,8 +35,8 @@ def times_transposed(a: Tensor, b: Tensor | Blocks, out: Tensor | None = None) -
     """
     if isinstance(b, Blocks):
         product = _sum_of_blocks(a, b)
-    elif _HAS_FP32_RESULTS and a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
-        product = torch.mm(a, b.T, out_dtype=torch.float32)
+    elif a.is_cuda and a.dtype.itemsize == 2 and (out is None or out.dtype == torch.float32):
+        return torch.mm(a, b.T, out_dtype=torch.float32, out=out)
     elif _takes_onednn(a) and a.numel() and b.numel():
         product = _onednn(a, _without_gaps(b))
     else:

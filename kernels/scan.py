@@ -46,12 +46,14 @@ class KeptTiles:
     @classmethod
     def allocate(cls, columns: list[slice], inputs: Operands) -> "KeptTiles":
         """Memory for some tiles."""
-        count, width = len(inputs.positions), columns[-1].stop if columns else 0
-        memory = empty_in_huge_pages((count * width,), inputs.weight, inputs.dtype)
+        count, widths = len(inputs.positions), [inputs.padded(tile.stop - tile.start) for tile in columns]
+        memory = empty_in_huge_pages((count * sum(widths),), inputs.weight, inputs.dtype)
+        tiles = torch.split(memory, [count * width for width in widths])
         return cls(
             columns=columns,
             tiles=[
-                memory[count * tile.start : count * tile.stop].view(count, tile.stop - tile.start) for tile in columns
+                tile.view(count, width)[:, : taken.stop - taken.start]
+                for tile, width, taken in zip(tiles, widths, columns, strict=True)
             ],
             running_maxima=[memory.new_empty(count, dtype=inputs.wide) for _ in columns],
         )

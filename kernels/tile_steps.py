@@ -87,6 +87,8 @@ class TileSteps(Protocol):
     """Whether tiles may have a `center`."""
     fp32_products: bool
     """Whether 16-bit operands are to be multiplied in fp32."""
+    alignment: int
+    """Rows of a tile lie a multiple of this apart, and the number of targets is a multiple of it; 1 for any."""
 
     def scan(self, tile: Tile, running: OnlineSoftmax, out: Tensor | None) -> Tensor:
         """Takes a tile [targets, columns] into `running`; writes exp_logits * slope, zero at the target, to `out`.
@@ -108,6 +110,7 @@ class TorchSteps:
     """`TileSteps` in plain PyTorch: in-place passes over a tile that fits the cache."""
 
     takes_centers = True
+    alignment = 1
 
     def __init__(self, *, fp32_products: bool = False) -> None:
         self.fp32_products = fp32_products

@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _loadable() -> list[str]:
-    """What `import *` takes, and loads anyway: a framework that is absent must not cost the names that need another."""
+    """The names for `import *`, without those of a framework that is not installed: these would make it fail."""
     names = []
     for name in __dir__():
         try:

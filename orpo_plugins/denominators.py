@@ -1,6 +1,6 @@
-"""What the sums of a micro-batch are divided by: its own counts, or those of the whole optimizer step.
+"""Denominators of the loss: the numbers of tokens and pairs of a micro-batch, or of a whole optimizer step.
 
-for step in steps:                               # gradient accumulation, in a loop of one's own
+for step in steps:                               # gradient accumulation, in a loop of your own
     totals = step_totals(step)
     for batch in step:
         orpo_forward(model, batch, totals=totals).loss.backward()
@@ -18,20 +18,20 @@ from orpo_plugins.targets import Targets, targets_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Denominators:
-    """What the sums of one micro-batch are divided by; as tensors, so that no device has to be waited for."""
+    """What the sums of one micro-batch are divided by.  As tensors, they cause no wait for the device."""
 
     nll_tokens: Tensor | float
     """NLL tokens of the whole optimizer step, all micro-batches and ranks, divided by the number of ranks."""
     num_pairs: Tensor | float
     """Pairs with a rejected answer, counted in the same way."""
     num_examples: Tensor | float
-    """All pairs, those without a rejected answer too."""
+    """All pairs, with or without a rejected answer, counted in the same way."""
 
     @classmethod
     def of(cls, counts: Tensor) -> "Denominators":
-        """From the sum of `counts_of` over micro-batches; what there is none of is divided by 1."""
-        tokens, pairs, rows = torch.where(counts > 0, counts, 1.0).unbind()
-        return cls(nll_tokens=tokens, num_pairs=pairs, num_examples=rows)
+        """From the sum of `counts_of` over micro-batches.  A count of 0 becomes 1, which divides sums of nothing."""
+        tokens, pairs, examples = torch.where(counts > 0, counts, 1.0).unbind()
+        return cls(nll_tokens=tokens, num_pairs=pairs, num_examples=examples)
 
 
 def counts_of(targets: Targets) -> Tensor:
@@ -44,15 +44,16 @@ def counts_of(targets: Targets) -> Tensor:
 
 
 def step_totals(batches: Iterable[Mapping[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None) -> Denominators:
-    """The denominators of an optimizer step, with which its loss does not depend on how it was cut into micro-batches.
+    """The denominators of an optimizer step: its loss then does not depend on how it is cut into micro-batches.
 
     Args:
         batches: all micro-batches of the step on this rank, from `ORPOCollator`.
-        reduce: with several ranks, the mean of a tensor over them: gradients are averaged, which divides once more.
-            With Accelerate `lambda counts: accelerator.reduce(counts, reduction="mean")`.
+        reduce: with several ranks, a function that gives the mean of a tensor over them.  The mean and not the sum,
+            because averaging the gradients divides by the number of ranks once more.  With Accelerate:
+            `lambda counts: accelerator.reduce(counts, reduction="mean")`.
 
     Returns:
-        What `orpo_forward(..., totals=)` takes, for each of these batches.
+        The argument `totals` of `orpo_forward`, for each of these batches.
     """
     counts = torch.stack([counts_of(targets_of(batch)) for batch in batches]).sum(0)
     return Denominators.of(counts if reduce is None else reduce(counts))

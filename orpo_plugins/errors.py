@@ -1,7 +1,7 @@
-"""Every error that the package raises on purpose.
+"""The errors of this package.
 
-Each message says what was found, where, and what to do about it.  All of them are `ValueError`s
-(or `ImportError`s for a missing extra), so code that catches the built-in class keeps working.
+Each message says what is wrong, where, and what to do about it.  All errors are also `ValueError`s, and that for a
+missing package is an `ImportError`, so that code which catches these works.
 """
 
 
@@ -14,7 +14,7 @@ class RowError(ORPOError):
 
 
 class ConfigError(ORPOError):
-    """An option, or a combination of options, that cannot be honoured."""
+    """An option, or a combination of options, that cannot be used."""
 
 
 class BatchError(ORPOError):
@@ -26,7 +26,7 @@ class ModelError(ORPOError):
 
 
 class PluginError(ORPOError):
-    """A third-party plugin that cannot be loaded, raised an error, or returned something else than its hook asks for.
+    """A third-party plugin that cannot be loaded, raised an error, or returned what its hook does not ask for.
 
     The message names the plugin, the hook or function, and how to keep the plugin out; `__cause__` is the plugin's own
     error, where it raised one.
@@ -38,5 +38,5 @@ class MissingExtraError(ORPOError, ImportError):
 
 
 def missing_extra(package: str, extra: str) -> MissingExtraError:
-    """The error for an absent optional `package` that `pip install orpo-plugins[extra]` brings."""
+    """The error for an optional `package` that is not installed; `pip install orpo-plugins[extra]` installs it."""
     return MissingExtraError(f"this needs {package}, which is not installed: pip install 'orpo-plugins[{extra}]'")

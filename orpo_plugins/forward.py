@@ -1,11 +1,10 @@
-"""One ORPO step: a batch through a model, the objective out of it.  Every adapter and every hand-written loop is here.
+"""One ORPO step: it runs a model on a batch and computes the objective.  All trainers and a user's own loop use it.
 
 out = orpo_forward(model, collator(rows), beta=0.1)
 out.loss.backward()
 """
 
 import functools
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,6 +34,7 @@ from orpo_plugins.models.head import (
     unwrap_model,
 )
 from orpo_plugins.models.router import add_router_loss
+from orpo_plugins.models.state import state_of
 from orpo_plugins.models.virtual_tokens import own_positions
 from orpo_plugins.objective import ORPOOutput, PairLogps, odds_ratio_loss, output_of
 from orpo_plugins.options import NLLNormalization, ORPOOptions
@@ -43,8 +43,6 @@ from orpo_plugins.targets import Targets, targets_of
 STEP_TOTALS = "orpo_step_totals"
 """The key under which a batch of a Trainer's loop carries the `Denominators` of its optimizer step."""
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels", STEP_TOTALS)
-_supported: "weakref.WeakKeyDictionary[nn.Module, set[tuple[str, str | None]]]" = weakref.WeakKeyDictionary()
-"""Of every model, the layouts that it was found to run, each with the attention implementation it had then."""
 
 
 def orpo_forward(
@@ -64,11 +62,11 @@ def orpo_forward(
 ) -> ORPOOutput:
     """Runs `model` on a batch of `ORPOCollator` with a fused head and returns the objective.
 
-        loss = sum(NLL of the chosen rows) / nll_tokens
+        loss = sum(NLL of the chosen sequences) / nll_tokens
              + sum over pairs of -beta * log sigmoid(odds_temperature * log_odds - margin) / num_pairs
 
-    A pair of weight w counts as w pairs that are alike, in sums and denominators; one without a rejected answer counts
-    in the NLL alone.
+    A pair of weight w counts as w equal pairs, in sums and denominators.  A pair without a rejected answer counts in
+    the NLL only.
 
     Args:
         model: a causal LM or encoder-decoder model of transformers, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed,
@@ -78,26 +76,29 @@ def orpo_forward(
         beta: the paper's lambda, >= 0.
         odds_temperature: multiplies the log odds ratio inside the sigmoid, > 0.
         kernel: "auto", "reference" (the model's own logits, all at once), "chunked", "chunked_fp32" (16-bit operands
-            multiplied in fp32), "triton" or a plugin's name.
-        nll_normalization: "batch" and "microbatch" divide by tokens, "pair" means per answer and divides by pairs.
+            multiplied in fp32), "triton" or the name of a plugin's kernel.
+        nll_normalization: "batch" and "microbatch" divide by tokens; "pair" takes the mean of each chosen sequence, and
+            divides by pairs.
         loss_terms: per-pair terms of plugins to add, {name: weight}.
-        nll_tokens: the NLL's denominator; default: this batch's NLL tokens.
-        num_pairs: the same for pairs that have a rejected answer; default: this batch's.
-        num_examples: the same for all pairs, for `nll_normalization="pair"`; default: `num_pairs`, or this batch's.
-        totals: these three at once, from `step_totals`: under gradient accumulation and data parallelism, those of the
-            whole optimizer step.
+        nll_tokens: the NLL's denominator; default: the NLL tokens of this batch.
+        num_pairs: the denominator of pairs that have a rejected answer; default: their number in this batch.
+        num_examples: the denominator of all pairs, for `nll_normalization="pair"`; default: `num_pairs` if given, else
+            their number in this batch.
+        totals: these three of a whole optimizer step, from `step_totals`, for gradient accumulation and data
+            parallelism.
         memory_budget: bytes that the kernel may hold beyond inputs and gradients.
 
     Returns:
-        `ORPOOutput`; `metrics` holds `chosen_lengths`, `rejected_lengths`, `weights` [B], `nll_tokens` and, for a
-        mixture of experts with `output_router_logits`, `aux_loss`, whose multiple is in the loss.
+        `ORPOOutput`; `metrics` holds `chosen_lengths`, `rejected_lengths`, `weights` [B] and `nll_tokens`.  For a
+        mixture of experts with `output_router_logits` it also holds `aux_loss`, which the loss contains times its
+        coefficient.
 
     Raises:
-        BatchError: a batch that does not come from `ORPOCollator`, rows longer than the model's table of positions, or
-            a model that returns another number of positions than it was given (virtual tokens of PEFT are left out).
+        BatchError: the batch does not come from `ORPOCollator`, a row is longer than the model's table of positions, or
+            the model returns another number of positions than it was given (virtual tokens of PEFT do not count).
         ConfigError: an unknown kernel, term or normalization.
-        ModelError: a head that cannot be fused, a model that cannot run in the batch's layout or is not causal, and in
-            training mode one whose loss reaches no parameter; the message says what to do.
+        ModelError: the head cannot be fused, the model cannot run in the batch's layout or is not causal, or (in
+            training mode) the loss reaches no parameter.
     """
     options = ORPOOptions(
         beta=beta,
@@ -110,7 +111,7 @@ def orpo_forward(
     targets = targets_of(batch)
     given = (nll_tokens, num_pairs, num_examples)
     if totals is not None and given != (None, None, None):
-        raise ConfigError("totals holds nll_tokens, num_pairs and num_examples: pass it alone, or these")
+        raise ConfigError("totals holds nll_tokens, num_pairs and num_examples: pass it alone, or these three")
     own = own_denominators(targets) if totals is None else totals
     totals = Denominators(
         nll_tokens=own.nll_tokens if nll_tokens is None else nll_tokens,
@@ -127,7 +128,7 @@ def forward_with_options(
     targets: Targets,
     totals: Denominators,
 ) -> ORPOOutput:
-    """`orpo_forward` with everything decided: what adapters call."""
+    """`orpo_forward` with its arguments resolved; adapters call this."""
     objective = Objective(
         nll_weights=nll_weights(targets, options, totals),
         pair_loss=functools.partial(pair_loss, options=options, targets=targets, totals=totals),
@@ -143,7 +144,7 @@ def forward_with_options(
         )
     if layout.batch_key is not None:
         check_support(model, layout)
-    # These run the model on a few tokens without the layout's inputs: not in its context.
+    # Outside of the layout's context: these checks run the model on a few tokens, without the layout's inputs.
     check_model(model, inputs, layout.longest_sequence(inputs))
     run = run_reference if options.kernel == "reference" else run_fused
     if run is run_fused:
@@ -158,7 +159,7 @@ def forward_with_options(
 def check_vocabulary(model: nn.Module, *tokens: Tensor) -> None:
     """Raises `BatchError` for a token that the model has no embedding for.
 
-    On a CPU, where looking costs nothing; an accelerator asserts in the embedding itself.
+    Checked on a CPU only, where reading values costs nothing; on an accelerator the embedding itself fails.
     """
     size = getattr(config_of(model), "vocab_size", None)
     if size is None or tokens[0].device.type != "cpu":
@@ -172,7 +173,7 @@ def check_vocabulary(model: nn.Module, *tokens: Tensor) -> None:
 
 
 def layout_of(inputs: Mapping[str, Any]) -> Layout:
-    """The layout whose `batch_key` a batch has, or else the one that asks nothing of the forward pass."""
+    """The layout whose `batch_key` is in a batch; the reference layout where no key is."""
     marked = (layout for layout in plugins.layouts() if layout.batch_key in inputs)
     return next(marked, None) or plugins.layout(plugins.REFERENCE_LAYOUT)
 
@@ -180,9 +181,9 @@ def layout_of(inputs: Mapping[str, Any]) -> Layout:
 def check_support(model: nn.Module, layout: Layout) -> None:
     """Raises `ModelError` for a model that cannot run in a batch's layout.
 
-    Asks once per model and layout, and again where the attention implementation is another one since.
+    The layout is asked once per model, and again when the model has another attention implementation.
     """
-    supported = _supported.setdefault(model, set())
+    supported = state_of(model).layouts
     asked = (layout.name, attention_implementation(model))
     if asked in supported:
         return
@@ -193,7 +194,7 @@ def check_support(model: nn.Module, layout: Layout) -> None:
 
 
 def nll_weights(targets: Targets, options: ORPOOptions, totals: Denominators) -> Tensor:
-    """fp32 [N]: what each target's NLL weighs in the loss."""
+    """fp32 [N]: the weight of each target's NLL in the loss."""
     in_nll = targets.in_nll.float()
     weighted = in_nll if targets.weights is None else in_nll * targets.weights
     if options.nll_normalization == "pair":
@@ -203,7 +204,7 @@ def nll_weights(targets: Targets, options: ORPOOptions, totals: Denominators) ->
 
 
 def pair_loss(pairs: PairLogps, *, options: ORPOOptions, targets: Targets, totals: Denominators) -> Tensor:
-    """The odds-ratio term and the selected plugin terms, summed over pairs by weight and divided by `num_pairs`."""
+    """The odds-ratio term and the chosen terms of plugins: a weighted sum over pairs, divided by `num_pairs`."""
     margins = targets.pair_margins()
     paired = pairs.rejected_lengths > 0
     pairs = stand_ins(pairs, paired)
@@ -219,9 +220,10 @@ def pair_loss(pairs: PairLogps, *, options: ORPOOptions, targets: Targets, total
 
 
 def stand_ins(pairs: PairLogps, paired: Tensor) -> PairLogps:
-    """`pairs` with any number at all in place of pairs that have no rejected answer.
+    """`pairs`, with constants for pairs that have no rejected answer.
 
-    What a term makes of them is thrown away, but its gradient must not be NaN, nor reach the chosen answer.
+    The value of a term for such a pair is not used.  But its gradient must not be NaN, and must not reach the chosen
+    answer.
     """
     return PairLogps(
         chosen=torch.where(paired, pairs.chosen, -1.0),
@@ -232,7 +234,7 @@ def stand_ins(pairs: PairLogps, paired: Tensor) -> PairLogps:
 
 
 def loss_term_values(logps: Tensor, targets: Targets, options: ORPOOptions) -> dict[str, Tensor]:
-    """[B] each: the terms of plugins, by "loss_terms/" and their names, from detached `logps` [2B]."""
+    """{"loss_terms/<name>": [B]} for the chosen terms of plugins, from detached `logps` [2B]."""
     (chosen, rejected), lengths = logps.view(2, -1), targets.answer_lengths().view(2, -1)
     pairs = PairLogps(chosen=chosen, rejected=rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
     pairs = stand_ins(pairs, lengths[1] > 0)
@@ -245,7 +247,7 @@ Run = tuple[HeadResult, Any, Tensor | None]
 def run_reference(
     model: nn.Module, inputs: Mapping[str, Any], targets: Targets, objective: Objective, options: ORPOOptions
 ) -> Run:
-    """The model's own logits, whatever it does to them."""
+    """The objective from the model's own logits, with everything that the model does to them."""
     output_head(model)
     outputs = model(**inputs, use_cache=False)
     logits = own_positions(logits_of(outputs), model, inputs)
@@ -258,7 +260,7 @@ def run_reference(
 def run_fused(
     model: nn.Module, inputs: Mapping[str, Any], targets: Targets, objective: Objective, options: ORPOOptions
 ) -> Run:
-    """The kernel in the place of `lm_head`."""
+    """The objective from a kernel that replaces `lm_head` during the forward pass."""
     transform = head_options(model, inputs["input_ids"])
     head = output_head(model)
     capped_means = options.logit_means and transform.softcap is not None
@@ -268,14 +270,15 @@ def run_fused(
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         weight, bias = head_parameters(head)
         if final_bias is not None:
-            bias = (final_bias if bias is None else bias + final_bias).to(weight.dtype)
+            bias = final_bias.to(weight) if bias is None else (bias + final_bias.to(weight.device)).to(weight.dtype)
         hidden = own_positions(hidden, model, inputs)
         result = run_kernel(options.kernel, hidden.flatten(0, -2), weight, bias, targets, objective, transform)
         means = None
         if options.logit_means and result.logit_means is not None:
             means = _by_side_of_targets(result.logit_means, targets)
         elif options.logit_means:
-            means = _by_side(_linear_means(hidden, weight, bias, transform), targets, inputs)
+            means = _linear_means(hidden, weight, bias, transform).to(targets.positions.device)
+            means = _by_side(means, targets, inputs)
         computed.append((result, means))
         return result.loss.reshape(1, 1, 1)
 
@@ -287,24 +290,24 @@ def run_fused(
     returned = logits_of(outputs).reshape(())
     if transform.softcap is None and transform.logit_scale == 1.0:
         return replace(result, loss=returned), outputs, means
-    # The model has bent what the head returned.  Wrappers hang their backward hooks (FSDP2, ZeRO-3) on the model's
-    # outputs, so the graph must pass through them: with weight zero.
+    # The model has scaled or softcapped the loss that the head returned, so that value is not used.  But its backward
+    # must run: wrappers (FSDP2, ZeRO-3) have their hooks on the model's outputs.  So it is added with weight zero.
     return replace(result, loss=result.loss + 0.0 * returned), outputs, means
 
 
 @torch.no_grad()
 def _linear_means(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadOptions) -> Tensor:
-    """[R, S]: the mean over the vocabulary of every row's logits, which without a soft-cap is linear."""
-    # One product with the mean row of the weight.
+    """[R, S]: the mean over the vocabulary of the logits at every position, for logits without a soft-cap."""
+    # A mean of linear functions is linear: one product with the mean row of the weight.
     mean_row = weight.mean(0, dtype=torch.float32)
     offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
     return (hidden.detach().float() @ mean_row + offset) * transform.logit_scale
 
 
 def _by_side(means: Tensor, targets: Targets, inputs: Mapping[str, Any]) -> Tensor:
-    """[2]: mean over the chosen and over the rejected rows, as TRL has it.
+    """[2]: mean over all positions of chosen and of rejected rows, as in TRL.
 
-    Padding counts, and the last row of a sequence does not; a decoder with an encoder has no such row.
+    Padding counts.  The last position of a row does not, except in the decoder of an encoder.
     """
     if means.shape[0] == 2 * targets.num_pairs:
         last = None if "decoder_input_ids" in inputs else -1
@@ -313,14 +316,14 @@ def _by_side(means: Tensor, targets: Targets, inputs: Mapping[str, Any]) -> Tens
 
 
 def _by_side_of_targets(means: Tensor, targets: Targets) -> Tensor:
-    """[2]: the same over the targets of the table, for layouts without padding."""
+    """[2]: mean over the targets of chosen and of rejected sequences, for layouts without padding."""
     rejected = (targets.sequence_ids >= targets.num_pairs).float()
     sides = torch.stack([1.0 - rejected, rejected])
     return (sides @ means.to(sides.dtype)) / sides.sum(1).clamp(min=1)
 
 
 def make_output(result: HeadResult, targets: Targets, options: ORPOOptions, logit_means: Tensor | None) -> ORPOOutput:
-    """The figures of a head's result."""
+    """The output of a step, from the result of its head."""
     lengths, margins = targets.answer_lengths().view(2, -1), targets.pair_margins()
     metrics = {
         "chosen_lengths": lengths[0],

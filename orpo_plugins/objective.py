@@ -7,6 +7,7 @@ loss = NLL(chosen) - beta * mean over pairs of log sigmoid(odds_temperature * lo
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +17,46 @@ from orpo_plugins.errors import BatchError, ConfigError
 
 _MINUS_LN_2 = -0.6931471805599453
 
+NumberT = TypeVar("NumberT", Tensor, float)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ORPOOutput:
-    """What one evaluation of the objective gives; every figure but `loss` is detached where a fused head made it."""
+    """The result of the objective.  Where a kernel computed it, only `loss` carries a gradient."""
 
     loss: Tensor
-    """Scalar, the only one to call `backward()` on."""
+    """Scalar to call `backward()` on."""
     nll_loss: Tensor
-    """Scalar: the weighted NLL of the chosen rows."""
+    """Scalar: the weighted NLL of the chosen sequences."""
     chosen_logps: Tensor
     """fp32 [B]: mean log-probability per answer token."""
     rejected_logps: Tensor
-    """fp32 [B]: the same for the rejected answers; NaN for a row that has none, as in what follows from it."""
+    """fp32 [B]: the same for the rejected answers.  For a pair without one, this and the two below are NaN."""
     log_odds_chosen: Tensor
     """fp32 [B]: log odds of the chosen over the rejected answer (TRL's metric of this name is its mean)."""
     log_odds_ratio: Tensor
     """fp32 [B]: log sigmoid(odds_temperature * log_odds_chosen - margin)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Further detached figures: answer lengths, weights, NLL tokens, logit means, a router's auxiliary loss."""
+    """Further detached values: answer lengths, weights, NLL tokens, logit means, a router's auxiliary loss."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairLogps:
-    """What a per-pair term sees.  All fp32 [B]."""
+    """The arguments of a per-pair term.  All fp32 [B]."""
 
     chosen: Tensor
     """Mean log-probability of the chosen answer's tokens; carries gradient."""
     rejected: Tensor
     """The same for the rejected answer."""
     chosen_lengths: Tensor
-    """Answer tokens, so that `chosen * chosen_lengths` is the summed log-probability."""
+    """Number of answer tokens: `chosen * chosen_lengths` is the summed log-probability."""
     rejected_lengths: Tensor
     """The same for the rejected answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
-    """A named per-pair term that a plugin adds to the objective, selected by name."""
+    """A per-pair term that a plugin brings, and that the option `loss_terms` adds to the objective by its name."""
 
     name: str
     compute: Callable[[PairLogps], Tensor]
@@ -63,9 +66,11 @@ class LossTerm:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, with finite value and gradient for every input.
 
-    The two branches are those of Maechler 2012 (log1p below -ln 2, expm1 above).  `torch.where` sends 0 * inf
-    = NaN through the branch not taken, so each branch gets an input clamped to where it is finite.  At x = 0 the
-    true value is -inf: x is held at -eps/4 of its dtype, below the last value that fp32 can tell from 0 in exp.
+    The two branches are those of Maechler 2012: log1p below -ln 2, expm1 above.
+
+    The backward of `torch.where` sends a gradient of 0 into the branch not taken, and 0 * inf is NaN there.  So the
+    input of each branch is clamped to where the branch is finite.  At x = 0 the true value is -inf; x is clamped to
+    -eps/4 of its dtype, where exp(x) rounds to 1.
     """
     ceiling = -torch.finfo(x.dtype).eps / 4
     x = x.clamp(max=ceiling)
@@ -82,9 +87,14 @@ def log_odds(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 def odds_ratio_loss(pairs: PairLogps, *, beta: float, odds_temperature: float, margins: Tensor | float = 0.0) -> Tensor:
     """[B]: -beta * log sigmoid(odds_temperature * log_odds - margins), the term that ORPO adds to the NLL.
 
-    `margins` [B] (0 in the paper) is what each pair's log odds have to exceed, as in TRL's reward trainer.
+    `margins` [B] are 0 in the paper.  The log odds of each pair have to exceed its margin, as in TRL's reward trainer.
     """
     return -beta * F.logsigmoid(odds_temperature * log_odds(pairs.chosen, pairs.rejected) - margins)
+
+
+def loss_of_means(nll_loss: NumberT, log_odds_ratio: NumberT, beta: float) -> NumberT:
+    """nll_loss - beta * log_odds_ratio: the whole objective, of means over pairs (tensors or numbers)."""
+    return nll_loss - beta * log_odds_ratio
 
 
 def orpo_loss(
@@ -107,10 +117,10 @@ def orpo_loss(
         odds_temperature: multiplies the log odds inside the sigmoid, > 0.
 
     Returns:
-        `ORPOOutput`; the figures are fp32 (fp64 where the inputs are).
+        `ORPOOutput`, in fp32 (fp64 where the inputs are fp64).
 
     Raises:
-        BatchError: shapes differ, there is no pair, or `nll_loss` is no scalar.
+        BatchError: shapes differ, there is no pair, or `nll_loss` is not a scalar.
         ConfigError: `beta` or `odds_temperature` out of range.
 
     Source: equations 6 and 7 of the paper; `odds_temperature=1` there.
@@ -127,7 +137,7 @@ def orpo_loss(
     odds = log_odds(chosen_logps, rejected_logps)
     ratio = F.logsigmoid(odds_temperature * odds)
     return ORPOOutput(
-        loss=nll_loss.reshape(()) - beta * ratio.mean(),
+        loss=loss_of_means(nll_loss.reshape(()), ratio.mean(), beta),
         nll_loss=nll_loss.reshape(()),
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
@@ -145,7 +155,7 @@ def output_of(
     margins: Tensor | float = 0.0,
     metrics: dict[str, Tensor],
 ) -> ORPOOutput:
-    """The output that belongs to a loss and the mean log-probabilities [2B] behind it, chosen answers first."""
+    """The output with a loss and the mean log-probabilities [2B] that it comes from, chosen answers first."""
     chosen, rejected = logps.view(2, -1)
     odds = log_odds(chosen, rejected)
     return ORPOOutput(
@@ -160,12 +170,12 @@ def output_of(
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """fp64 stays; everything below is raised to fp32, where 1 - p keeps its digits."""
+    """Raises 16-bit values to fp32, where 1 - p keeps its digits; fp64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def check_coefficients(beta: float, odds_temperature: float) -> None:
-    """Raises `ConfigError` for a coefficient that would turn the preference around or make it vanish."""
+    """Raises `ConfigError` for a coefficient that would reverse or remove the preference."""
     if not isinstance(beta, int | float) or not 0 <= beta < float("inf"):
         raise ConfigError(f"beta is {beta!r}: it weighs the odds-ratio term and must be a finite number >= 0")
     if not isinstance(odds_temperature, int | float) or not 0 < odds_temperature < float("inf"):

@@ -1,7 +1,7 @@
-"""Every option once: its values, its default, and a sentence on what it does.
+"""Every option with its values, its default and a sentence on what it does.
 
-`ORPOConfig` inherits the fields, Axolotl's keys are made from them, the collator and `orpo_forward` take the frozen
-dataclasses, and all of them are checked here.
+`ORPOConfig` inherits the fields, and Axolotl's keys are made from them.  The collator and `orpo_forward` take the
+frozen dataclasses.  All values are checked here.
 """
 
 import difflib
@@ -32,7 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 
 def check_option(name: str, value: Any, *, label: str | None = None) -> None:
-    """Raises `ConfigError` for a value that an option cannot have; `label` is its name in the message."""
+    """Raises `ConfigError` for a value that an option cannot have; `label` is the option's name in the message."""
     label = label or name
     if name in CHOICES and value not in CHOICES[name]:
         raise ConfigError(f"unknown {label} {value!r}; known: {', '.join(CHOICES[name])}")
@@ -58,7 +58,7 @@ def check_batch_options(max_tokens_per_batch: int | None, step_strategy: str) ->
 
 
 def did_you_mean(name: str, known: Iterable[str], *, form: str = "; did you mean {!r}?") -> str:
-    """A question in the given form, for a name that one of the known ones resembles, or nothing."""
+    """A question in the given form about the known name that is most similar to `name`; "" where none is."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return form.format(close[0]) if close else ""
 
@@ -68,7 +68,7 @@ def did_you_mean(name: str, known: Iterable[str], *, form: str = "; did you mean
 
 @dataclass(frozen=True, kw_only=True)
 class ORPOOptions:
-    """What defines the loss, whoever computes it."""
+    """What defines the loss."""
 
     beta: float = 0.1
     """The paper's lambda: weight of the odds-ratio term."""
@@ -77,13 +77,13 @@ class ORPOOptions:
     nll_normalization: NLLNormalization = "batch"
     """"batch" or "microbatch": mean over tokens; "pair": mean per answer, then over pairs."""
     loss_terms: Mapping[str, float] = field(default_factory=dict)
-    """Further per-pair terms of plugins, by name, with their weights."""
+    """Per-pair terms of plugins to add, {name: weight}."""
     kernel: str = "auto"
-    """Who computes the head: "auto", "reference", "chunked", "chunked_fp32", "triton" or a plugin's."""
+    """What computes the head: "auto", "reference", "chunked", "chunked_fp32", "triton" or a plugin's kernel."""
     memory_budget: int | None = None
     """Bytes that a kernel may hold beyond inputs and gradients; None leaves it to the kernel."""
     logit_means: bool = False
-    """Whether `metrics` gets the mean logits of chosen and rejected rows (TRL's logits/chosen, logits/rejected)."""
+    """Whether `metrics` has the mean logits of chosen and rejected rows (TRL's logits/chosen, logits/rejected)."""
 
     def __post_init__(self) -> None:
         check_coefficients(self.beta, self.odds_temperature)
@@ -95,11 +95,11 @@ class ORPOOptions:
 class PairOptions:
     """How long a pair may be, in tokens with BOS and EOS counted.
 
-    A pair that is too long loses prompt first, until the longer answer fits or half of `max_length` is left for the
-    answers; then each answer that is still too long is cut at its end, to the room that its own prompt leaves.
+    The prompt of a pair that is too long is cut first, until the longer answer fits, or half of `max_length` is left
+    for the answers.  Then each answer that is still too long is cut at its end.
 
-    With an encoder for the prompts, prompt and answers share no room: each may be `max_length` tokens long, or what
-    `max_prompt_length` and `max_completion_length` say.  Special tokens at either end stay, as tokenizers have it.
+    With an encoder, prompt and answer have separate limits: each may be `max_length` tokens long, or as long as
+    `max_prompt_length` and `max_completion_length` say.  Special tokens at both ends stay.
 
     Raises:
         ConfigError: a length below its minimum, lengths that contradict each other, an unknown mode.
@@ -112,20 +112,20 @@ class PairOptions:
     max_completion_length: int | None = None
     """Each answer; None: whatever `max_length` leaves."""
     truncation_mode: TruncationMode = "keep_end"
-    """Which end of a prompt that is too long stays, "keep_end" or "keep_start".  BOS stays in both."""
+    """Which end of a prompt that is too long stays: "keep_end" or "keep_start".  BOS always stays."""
     encoder_decoder: bool = False
     """Whether an encoder reads the prompts (see `layouts/encoder_decoder.py`)."""
     sft_rows: bool = False
-    """Whether a row may have no rejected answer: such rows are trained with the NLL alone."""
+    """Whether a row may have no rejected answer: such rows are trained only with the NLL."""
     train_on: TrainOn = "all_assistant"
-    """Which assistant turns are the answer, where the two conversations go on for several: "all_assistant", or "last",
-    with everything before the last turn as its prompt.  Turns that both have in common are prompt in either case."""
+    """Which assistant turns are the answer, where the two conversations differ in several: "all_assistant", or "last".
+    With "last" everything before the last turn is the prompt.  Turns that both have in common always are."""
     template_strings: bool = False
-    """Whether the chat template is applied to rows of strings: the prompt as a user's message, each answer as an
-    assistant's.  Strings that are templated already stay as they are."""
+    """Whether the chat template is applied to rows of strings: the prompt as a message of the user, each answer as one
+    of the assistant.  Strings that have the template already stay as they are."""
     repeat_eos: bool = False
-    """Whether what a chat template writes behind EOS (a newline in ChatML), and a second EOS, belong to each answer, as
-    in TRL.  The model is certain of both, so they raise the mean log-probability of short answers the most."""
+    """Whether an answer ends as in TRL: with what the chat template writes after EOS (a newline in ChatML), and a
+    second EOS.  The model is certain of both, which raises the mean log-probability of short answers the most."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("max_prompt_length", 1), ("max_completion_length", 1)):
@@ -147,11 +147,11 @@ class PairOptions:
 
 @dataclass
 class ORPOOwnFields:
-    """What no other framework's arguments have; Axolotl's mix it in beside TRL's fields."""
+    """The options that TRL's arguments do not have; Axolotl's arguments have both."""
 
     kernel: str = field(
         default="auto",
-        metadata={"help": "Who computes the head: auto, reference, chunked, chunked_fp32, triton, or a plugin's."},
+        metadata={"help": "What computes the head: auto, reference, chunked, chunked_fp32, triton, or a plugin's."},
     )
     layout: str = field(
         default="auto", metadata={"help": "How pairs are laid out: auto, padded, packed, shared, or a plugin's."}
@@ -164,7 +164,7 @@ class ORPOOwnFields:
     )
     nll_over: NLLOver = field(
         default="sequence",
-        metadata={"help": "NLL over prompt and chosen answer (sequence) or the chosen answer alone (completion)."},
+        metadata={"help": "NLL over prompt and chosen answer (sequence) or only the chosen answer (completion)."},
     )
     nll_normalization: NLLNormalization = field(
         default="batch",
@@ -176,15 +176,15 @@ class ORPOOwnFields:
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a training batch on one device, counted as the layout computes them; "
-            "None: batches are cut by pairs alone."
+            "help": "Most tokens of a training batch on one device, counted as in its layout; None: batches are cut "
+            "only by pairs."
         },
     )
     step_strategy: StepStrategy = field(
         default="pairs",
         metadata={
-            "help": "What max_tokens_per_batch keeps: every optimizer step's number of pairs, with its batches cut as "
-            "evenly in tokens as possible (pairs), or batches as full as they get (tokens)."
+            "help": "With max_tokens_per_batch: every optimizer step has the same number of pairs, in batches of "
+            "similar numbers of tokens (pairs), or every batch has as many tokens as fit (tokens)."
         },
     )
     odds_temperature: float = field(
@@ -194,17 +194,19 @@ class ORPOOwnFields:
         default=None, metadata={"help": "Per-pair terms of plugins to add, as {name: weight}."}
     )
     memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes that the head may hold beyond inputs and gradients; None: automatic."}
+        default=None,
+        metadata={"help": "Bytes that the head may use in addition to inputs and gradients; None: automatic."},
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt, in tokens; None: whatever max_length leaves."}
+        default=None, metadata={"help": "Longest prompt, in tokens; None: what max_length leaves."}
     )
     truncation_mode: TruncationMode = field(
-        default="keep_end", metadata={"help": "Which part of a prompt that is too long stays: keep_end or keep_start."}
+        default="keep_end",
+        metadata={"help": "Which part of a prompt that is too long is kept: keep_end or keep_start."},
     )
     sft_rows: bool = field(
         default=False,
-        metadata={"help": "Whether rows may have no rejected answer; such rows are trained with the NLL alone."},
+        metadata={"help": "Whether rows may have no rejected answer; such rows are trained only with the NLL."},
     )
     train_on: TrainOn = field(
         default="all_assistant",
@@ -224,7 +226,7 @@ class ORPOOwnFields:
     )
 
     def options(self) -> ORPOOptions:
-        """The part that defines the loss; raises `ConfigError` for a value out of range."""
+        """The options that define the loss.  Raises `ConfigError` for a value out of range."""
         return ORPOOptions(
             beta=self.beta,  # type: ignore[attr-defined]  # TRL's arguments have it too, so it is not among our own
             odds_temperature=self.odds_temperature,
@@ -251,14 +253,14 @@ class ORPOFields(ORPOOwnFields):
         default=1024, metadata={"help": "Longest prompt plus answer, in tokens; None: no limit."}
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Longest answer, in tokens; None: whatever max_length leaves."}
+        default=None, metadata={"help": "Longest answer, in tokens; None: what max_length leaves."}
     )
     beta: float = field(
         default=0.1, metadata={"help": "Weight of the odds-ratio term, the paper's lambda. Alias: orpo_alpha."}
     )
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Set the base model's dropout to 0. Dropout of adapters stays as their config says."},
+        metadata={"help": "Set the base model's dropout to 0. Adapters keep the dropout of their config."},
     )
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id to pad with; None: the tokenizer's pad token."}

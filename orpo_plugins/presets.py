@@ -1,9 +1,9 @@
-"""Published settings of ORPO runs, by name, each with its source.
+"""Settings of published ORPO runs, by name, each with its source.
 
 ORPOConfig(output_dir="out", **preset("mistral-orpo-beta"))
 ORPOConfig(output_dir="out", **preset("mistral-orpo-beta") | {"num_train_epochs": 1})
 
-Only what a source states is set; everything else keeps its default.  Batch sizes are per device.
+Only settings that the source gives are set; all others keep their defaults.  Batch sizes are per device.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Preset:
     arguments: Mapping[str, Any]
     """Keyword arguments of `ORPOConfig`."""
     source: str
-    """Where they are published."""
+    """Where the settings are published."""
 
 
 PRESETS: Mapping[str, Preset] = {

@@ -1,21 +1,21 @@
 """Targets: which position of the hidden states predicts which token, for which answer, in which term.
 
-A layout decides where tokens stand in the forward pass; everything after the forward pass sees this table alone.  It is
-the one interface between layouts and kernels.
+A layout decides where tokens stand in the forward pass.  Everything behind the forward pass reads this table only: it
+is the interface between layouts and kernels.
 
-In a batch the table is one `labels` tensor of shape [N, 4], int64.  Each row is a target:
+In a batch the table is one int64 tensor of shape [N, 4], `labels`.  Each of its rows is a target:
 
     position      index into the hidden states, flattened to [positions, H]
     token_id      the token that is predicted there
     sequence_id   0..B-1 for chosen answers, B..2B-1 for rejected ones
-    terms         IN_ANSWER: counts in the sequence's mean log-probability;  IN_NLL: counts in the NLL;
-                  IN_DECODER: stands in a decoder that has an encoder;  from WIDTH on: the width of `input_ids`
+    terms         a sum of IN_ANSWER: it counts in the sequence's mean log-probability;  IN_NLL: it counts in the NLL;
+                  IN_DECODER: it is in a decoder that has an encoder;  WIDTH times the width of `input_ids`
 
-A pair without a rejected answer has no target in it.  Where pairs have weights or margins of their own the table is
-[N, 5]: the last column of a target holds those of its pair, two fp32 numbers in the bits of one int64.
+A pair without a rejected answer has no targets there.  Where pairs have weights or margins, the table is [N, 5]: the
+last column holds those of the target's pair, as two fp32 numbers in the bits of one int64.
 
-Width, weights and margins stand in the table, and not under keys of their own, because a Trainer hands `labels` and
-nothing else of a batch to a loss function, and because Accelerate moves or cuts all tensors of a batch alike.
+Width, weights and margins are in the table and not under keys of their own for two reasons.  A Trainer gives a loss
+function nothing of a batch but `labels`.  And Accelerate moves or cuts all tensors of a batch in the same way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,23 +37,23 @@ CUT = (
     "batches of streams. Set accelerator_config={'dispatch_batches': False}, or in a loop of your own "
     "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))"
 )
-"""What to say of a batch that came out of its data loader incomplete."""
+"""The error for a batch that comes incomplete from its data loader."""
 
 
 def prompt_length(labels: Sequence[int]) -> int:
-    """How many tokens stand before the first that has a label."""
+    """How many tokens come before the first one with a label."""
     return next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 def with_width(table: Tensor, width: int) -> Tensor:
-    """The table that also says how many columns the batch's `input_ids` have."""
+    """The table with the number of columns of the batch's `input_ids` in its `terms`."""
     table = table.clone()
     table[:, 3] += WIDTH * width
     return table
 
 
 def width_of(table: Tensor) -> int | None:
-    """What `with_width` has written; None where nobody called it.  Waits for the device."""
+    """The width that `with_width` has written; None without it.  Waits for the device."""
     return int(table[0, 3]) // WIDTH or None if len(table) else None
 
 
@@ -65,12 +65,12 @@ def with_weights(table: Tensor, weights: Sequence[float], margins: Sequence[floa
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Targets:
-    """The table, unpacked.  All tensors are [N], on one device; targets of one pair stand together."""
+    """The table, unpacked.  All tensors are [N], on one device.  The targets of a pair follow each other."""
 
     positions: Tensor
-    """int64: index into hidden states flattened to [positions, H]; a row may predict twice (shared prompts)."""
+    """int64: index into hidden states flattened to [positions, H]; it may occur twice (in shared prompts)."""
     token_ids: Tensor
-    """int64: the token that the row predicts."""
+    """int64: the token that is predicted there."""
     sequence_ids: Tensor
     """int64: 0..B-1 for chosen answers, B..2B-1 for rejected ones."""
     in_answer: Tensor
@@ -78,7 +78,7 @@ class Targets:
     in_nll: Tensor
     """bool: counts in the NLL."""
     num_pairs: int
-    """B, known on the host so that nothing has to wait for the device; pairs without a rejected answer count."""
+    """B, with pairs that have no rejected answer.  A Python number, so that reading it does not wait for the device."""
     weights: Tensor | None = None
     """fp32: the weight of the target's pair; None: 1 for all."""
     margins: Tensor | None = None
@@ -93,7 +93,7 @@ class Targets:
                 "use ORPOCollator as the data collator"
             )
         positions, token_ids, sequence_ids, terms = table[:, :4].unbind(1)
-        # Two sequences a pair: a table cut to the length of padded inputs.  Every pair has targets, the last ones last.
+        # A table of two rows per pair may have been cut to the number of padded rows.  A whole one has the last pair's.
         if num_pairs == 0 or (len(table) == 2 * num_pairs and int(sequence_ids[-1]) % num_pairs != num_pairs - 1):
             raise BatchError(CUT)
         weights, margins = None, None
@@ -112,10 +112,10 @@ class Targets:
 
     @classmethod
     def from_labels(cls, labels: Tensor, nll_labels: Tensor | None, ignore_index: int) -> "Targets":
-        """The table for padded, already shifted labels.
+        """The table for padded labels that are shifted already.
 
-        `labels` [2B, T]: the token each position predicts.  `nll_labels` [B, T]: the same for the NLL of
-        the chosen rows, default the chosen half of `labels`.
+        `labels` [2B, T]: the token that each position predicts.  `nll_labels` [B, T]: the same for the NLL of the
+        chosen sequences; default: the chosen half of `labels`.
         """
         num_pairs, length = labels.shape[0] // 2, labels.shape[1]
         nll = torch.full_like(labels, ignore_index)
@@ -129,7 +129,7 @@ class Targets:
                     f"labels[{row}, {position}] is {int(labels[row, position])} but nll_labels[{row}, {position}] is "
                     f"{int(nll[row, position])}: one position predicts one token, so both must agree where both are set"
                 )
-        # Pair by pair (chosen, then rejected), so that a kernel may finish a pair before it opens the next.
+        # Pair by pair, chosen before rejected, so that a kernel can finish a pair before the next one.
         order = torch.arange(2 * num_pairs, device=labels.device).view(2, num_pairs).T.reshape(-1)
         sequence, column = (in_answer | in_nll)[order].nonzero(as_tuple=True)
         sequence = order[sequence]
@@ -144,7 +144,7 @@ class Targets:
         )
 
     def answer_lengths(self) -> Tensor:
-        """fp32 [2B]: answer tokens of each sequence; 0 for a rejected answer that is not there."""
+        """fp32 [2B]: answer tokens of each sequence; 0 for a missing rejected answer."""
         return self.sum_by_sequence(self.in_answer.float())
 
     def pair_weights(self) -> Tensor:
@@ -153,18 +153,18 @@ class Targets:
         return ones if self.weights is None else self._of_pairs(self.weights)
 
     def pair_margins(self) -> Tensor | None:
-        """fp32 [B]: the margin of each pair; None where none has one."""
+        """fp32 [B]: the margin of each pair; None where no pair has one."""
         return None if self.margins is None else self._of_pairs(self.margins)
 
     def _of_pairs(self, values: Tensor) -> Tensor:
-        """[B], from values [N] that are the same on all targets of a pair."""
+        """[B], from values [N] that are equal for all targets of a pair."""
         index = torch.arange(self.num_pairs, device=values.device)
-        # Any target of the chosen sequence, which every pair has.
+        # The value of the first target of the chosen sequence, which every pair has.
         return values[(self.sequence_ids[None, :] == index[:, None]).int().argmax(1)]
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[2B] sums of `values` [N] over the targets of each sequence, deterministic on every device."""
-        # A product with a one-hot matrix instead of index_add: the latter adds in a random order on GPUs.
+        # Not index_add, which adds in a random order on GPUs.
         index = torch.arange(2 * self.num_pairs, device=values.device)
         return torch.where(self.sequence_ids[None, :] == index[:, None], values[None, :], 0.0).sum(dim=1)
 
@@ -177,8 +177,7 @@ def targets_of(batch: Mapping[str, Any]) -> Targets:
         )
     labels, nll_targets = batch["labels"], batch["shift_labels"]
     targets = Targets.from_table(labels, nll_targets.shape[0] // 2)
-    # Whoever cuts batches makes all tensors as long as the first; only then are values looked at, which a device
-    # has to be waited for.
+    # A batch that was cut has tensors of one length.  Only then compare values, which waits for the device.
     if labels.shape[0] == batch["input_ids"].shape[0] and targets.in_nll.sum() != (nll_targets != IGNORE_INDEX).sum():
         raise BatchError(CUT)
     return targets

@@ -1,4 +1,4 @@
-"""By what a tokenized dataset is found again in the cache of `datasets`."""
+"""The fingerprint of a tokenized dataset, under which the cache of `datasets` finds it again."""
 
 import dataclasses
 import hashlib
@@ -15,8 +15,8 @@ from orpo_plugins.data import (
     encoder_decoder_pairs,
     pairs,
     row_formats,
+    row_tokenizer,
     row_values,
-    tokenized_rows,
 )
 from orpo_plugins.data.pairs import PairBuilder
 from orpo_plugins.hooks import plugins, types
@@ -29,17 +29,17 @@ _OURS = (
     pairs,
     row_formats,
     row_values,
-    tokenized_rows,
+    row_tokenizer,
     types,
 )
-"""The modules that decide what becomes of a row."""
+"""The modules whose code decides how a row is tokenized."""
 
 
 def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:
-    """A name for the result that stays the same as long as nothing that decides it changes; `mapped` makes the rows.
+    """A hash of everything that the tokenized rows depend on; `mapped` is the class that makes them.
 
-    The package's own hash pickles the function with the tokenizer in it, and a fast tokenizer's state changes with
-    use: the cache would hardly ever be found again.
+    The default hash of `datasets` pickles the mapped function together with the tokenizer.  The state of a fast
+    tokenizer changes with use, so the cache would rarely be found again.
     """
     from datasets.fingerprint import Hasher
 
@@ -60,7 +60,7 @@ def fingerprint(dataset: Any, builder: PairBuilder, mapped: object) -> str:
 
 
 def _source(thing: Any) -> str:
-    """The code of the file in which something is defined."""
+    """The code of the file that defines `thing`."""
     try:
         return inspect.getsource(inspect.getmodule(thing) or thing)
     except (OSError, TypeError):
@@ -68,7 +68,7 @@ def _source(thing: Any) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> list[Any]:
-    """Everything about a tokenizer that decides ids, as plain values."""
+    """Everything in a tokenizer that token ids depend on, as plain values."""
     identity: list[Any] = [
         type(tokenizer).__qualname__,
         str(getattr(tokenizer, "chat_template", None)),
@@ -82,15 +82,15 @@ def tokenizer_identity(tokenizer: Any) -> list[Any]:
         settings = [str(getattr(tokenizer, name, None)) for name in ("added_tokens_decoder", "init_kwargs")]
         return [*identity, sorted(tokenizer.get_vocab().items()), *settings]
     state = json.loads(backend.to_str())
-    # These two change with every call that pads or truncates, and no call here does either.
+    # Calls that pad or truncate change these two.  Tokenization here does neither.
     state["truncation"] = state["padding"] = None
     return [*identity, json.dumps(state, sort_keys=True)]
 
 
 def _file_identity(tokenizer: Any) -> list[Any]:
-    """The content of the one file that mistral-common's tokenizers are made of, and that package's version.
+    """For a tokenizer of mistral-common: the hash of its only file, and the version of the package.
 
-    The file says which format conversations have, and the package's code writes it.
+    The file names the format of conversations, and the code of the package writes it.
     """
     path = getattr(tokenizer, "_tokenizer_path", None)
     content = hashlib.sha256(path.read_bytes()).hexdigest() if path else sorted(tokenizer.get_vocab().items())

@@ -1,4 +1,4 @@
-"""`setup_chat_format`: ChatML for a base model and its tokenizer, as TRL had it up to 0.28."""
+"""`setup_chat_format`: ChatML for a base model and its tokenizer.  TRL had such a function up to 0.28."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ def setup_chat_format(
 ) -> tuple[Any, Any]:
     """Gives a model and tokenizer without a chat template the ChatML format.
 
-    The tokenizer gets the template and the special tokens `<|im_start|>` (BOS) and `<|im_end|>` (EOS and PAD); the
-    model's embeddings are resized to it, and its config and generation config get the three token ids.
+    The tokenizer gets the template and the special tokens `<|im_start|>` (BOS) and `<|im_end|>` (EOS and PAD).  The
+    embeddings of the model are resized to the tokenizer.  Its config and generation config get the three token ids.
 
         model, tokenizer = setup_chat_format(model, tokenizer)
 
@@ -35,17 +35,17 @@ def setup_chat_format(
         The same model and tokenizer.
 
     Raises:
-        ConfigError: the tokenizer has a chat template or a format of its own already, or `format` is unknown.
+        ConfigError: the tokenizer has a chat template or a chat format already, or `format` is unknown.
     """
     if gives_chats_as_ids(tokenizer):
         raise ConfigError(
-            f"{type(tokenizer).__name__} brings a chat format of its own, which cannot be replaced: leave the call "
-            "of setup_chat_format out, and conversations are trained in that format"
+            f"{type(tokenizer).__name__} has a chat format of its own, which cannot be replaced: do not call "
+            "setup_chat_format, and conversations are trained in that format"
         )
     if getattr(tokenizer, "chat_template", None) is not None:
         raise ConfigError(
-            "the tokenizer has a chat template already: leave it as it is, or set tokenizer.chat_template = None to "
-            "have it replaced"
+            "the tokenizer has a chat template already: do not call setup_chat_format, or set "
+            "tokenizer.chat_template = None first to replace it"
         )
     if format != "chatml":
         raise ConfigError(f"unknown format {format!r}; known: chatml")

@@ -1,21 +1,22 @@
-"""Pairs for tokenizers that give conversations as token ids and not as text, as mistral-common's do.
+"""Pairs for tokenizers that encode a conversation to token ids without a text in between, such as mistral-common's.
 
-With these no text is encoded to a special token: "</s>" in a text is four characters like any others.  So the
-tokenizer's own `apply_chat_template` encodes each whole conversation, and the assistant's turns are found in its ids:
-each ends with EOS, which nothing else does, and its own ids are those that the turn has behind a question alone.
+These tokenizers never encode text to a special token: "</s>" in a text is four ordinary characters.  So there is no
+templated text to tokenize:
+
+1. The tokenizer's own `apply_chat_template` encodes each complete conversation.
+2. Each of the assistant's turns ends with EOS, and nothing else does.  So the ends of the turns are known.
+3. The same turn behind a short question shows the turn's own ids, and so its length.
 """
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from orpo_plugins.data.chat_templates import special_tokens
-from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PromptAndAnswer, boundary
+from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PromptAndAnswer, Span, boundary, labels_inside
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import Message, Preference
 from orpo_plugins.options import PairOptions
-from orpo_plugins.targets import IGNORE_INDEX
 
 _QUESTION: Message = {"role": "user", "content": "the"}
 _ANSWERS = ("the", "and")
@@ -23,7 +24,7 @@ _ANSWERS = ("the", "and")
 
 
 def gives_chats_as_ids(tokenizer: Any) -> bool:
-    """Whether the text of a special token is not encoded as that token."""
+    """Whether the tokenizer does not encode the text of EOS as EOS."""
     eos = getattr(tokenizer, "eos_token_id", None)
     if eos is None or not hasattr(tokenizer, "apply_chat_template"):
         return False
@@ -36,22 +37,22 @@ class ChatIdPairBuilder(PairBuilder):
 
     Raises:
         ConfigError: `apply_chat_template` refuses every conversation that ends with an answer.
-        RowError: a conversation that it refuses, or of which it leaves out an answer; texts with special tokens at
-            either end, which would be trained as text.
+        RowError: `apply_chat_template` refuses the conversation, or leaves out an answer; or a text begins or ends with
+            a special token, which would be trained as text.
     """
 
     def __init__(self, tokenizer: Any, options: PairOptions | None = None) -> None:
         super().__init__(tokenizer, options)
         self._writes_tools = False
-        self._markers = tuple(text for text in special_tokens(tokenizer).values() if text)
-        self._end = self._end_of_conversations()
+        self._special_texts = tuple(text for text in special_tokens(tokenizer).values() if text)
+        self._answer_arguments = self._arguments_for_answers()
         first, second = ([_QUESTION, {"role": "assistant", "content": answer}] for answer in _ANSWERS)
         ids = self._conversation(first, {})
-        self._opening = boundary(ids, self._conversation(second, {}))
+        self._question_length = boundary(ids, self._conversation(second, {}))
 
     def __call__(self, preference: Preference) -> BuiltPair | Dropped:
         """Builds one pair."""
-        if reason := self._write.unusable(preference):
+        if reason := self._texts.unusable(preference):
             return Dropped(reason=reason)
         strings = preference if isinstance(preference.prompt, str) else preference.plain
         for name in ("prompt", "chosen", "rejected"):
@@ -63,13 +64,12 @@ class ChatIdPairBuilder(PairBuilder):
         ]
         if answers[1:] == answers[:1]:
             return Dropped(reason="chosen equals rejected")
-        built = self._fitted(answers)
-        return built if isinstance(built, Dropped) else replace(built, strings_templated=strings is not None)
+        return self._with_eos_and_fit(answers, strings_templated=strings is not None)
 
     # ---- conversations
 
     def _check_template(self) -> None:
-        """There is no template to ask for: the tokenizer brings its own way."""
+        """A tokenizer of this kind has no template: it has its own code."""
 
     def _chat_answer(self, preference: Preference, answer: Any) -> PromptAndAnswer:
         prompt: Any = preference.prompt
@@ -79,45 +79,42 @@ class ChatIdPairBuilder(PairBuilder):
         self._check_tools(messages, arguments, ids)
         spans = self._spans(messages, len(prompt), ids)
         spans = spans[-1:] if self.options.train_on == "last" else spans
-        labeled = {place for begin, end in spans for place in range(begin, end)}
-        labels = [token if place in labeled else IGNORE_INDEX for place, token in enumerate(ids)]
         start = spans[0][0]
-        return self._with_bos(PromptAndAnswer(ids[:start], ids[start:], labels[start:]))
+        return self._with_bos(PromptAndAnswer(ids[:start], ids[start:], labels_inside(spans, ids)[start:]))
 
-    def _spans(self, messages: list[Message], start: int, ids: list[int]) -> list[tuple[int, int]]:
-        """Where the assistant's turns from message `start` on stand in the ids of the conversation.
+    def _spans(self, messages: list[Message], start: int, ids: list[int]) -> list[Span]:
+        """The spans, in the ids of a conversation, of the assistant's turns from message `start` on.
 
-        Counted from the end: a tokenizer may leave earlier turns out.  Messages of an assistant that follow each other
-        are one turn.
+        The last EOS belongs to the last turn, and so on backwards: a tokenizer may leave out earlier turns.
+        Consecutive messages of the assistant are one turn.
         """
         turns = [turn for turn in _assistant_turns(messages) if turn[1] > start]
-        ends = [place + 1 for place, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
-        spans: list[tuple[int, int]] = []
+        ends = [index + 1 for index, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
+        spans: list[Span] = []
         for (first, last), end in zip(reversed(turns), reversed(ends), strict=False):
-            own = self._turn(messages[first:last])
-            if ids[max(0, end - len(own)) : end] != own:
+            turn_ids = self._turn(messages[first:last])
+            if ids[max(0, end - len(turn_ids)) : end] != turn_ids:
                 break
-            shared = boundary(self._turn(messages[first:start])[:-1], own) if first < start else 0
-            spans.insert(0, (end - len(own) + shared, end))
+            # The first messages of the turn may belong to the prompt.
+            in_prompt = boundary(self._turn(messages[first:start])[:-1], turn_ids) if first < start else 0
+            spans.insert(0, (end - len(turn_ids) + in_prompt, end))
         if len(spans) < len(turns):
             raise RowError(
-                f"the tokenizer does not write all of the assistant's turns (roles: {_roles(messages)}), as some leave "
-                "out calls of tools before the last question: cut the conversation there, or filter the row out"
+                f"the tokenizer leaves out some of the assistant's turns (roles: {_roles(messages)}), for example tool "
+                "calls before the last question: cut the conversation there, or filter the row out"
             )
         return spans
 
     def _turn(self, messages: list[Message]) -> list[int]:
         """The ids of one turn of the assistant, with its EOS."""
-        return self._conversation([_QUESTION, *messages], {})[self._opening :]
+        return self._conversation([_QUESTION, *messages], {})[self._question_length :]
 
     def _conversation(self, messages: list[Message], arguments: Mapping[str, Any]) -> list[int]:
-        """The ids of a whole conversation, which ends with an answer and its EOS."""
-        given = [_with_typed_parts(message) for message in messages]
+        """The ids of a complete conversation that ends with an answer, with EOS at the end."""
+        typed, more = [_with_typed_parts(message) for message in messages], self._answer_arguments
         try:
-            ids = list(
-                self.tokenizer.apply_chat_template(given, tokenize=True, return_dict=False, **self._end, **arguments)
-            )
-        except Exception as error:  # tokenizers raise errors of their own choosing
+            ids = list(self.tokenizer.apply_chat_template(typed, tokenize=True, return_dict=False, **more, **arguments))
+        except Exception as error:  # tokenizers raise errors of any class
             kind = type(error).__name__
             raise RowError(
                 f"the tokenizer refuses the messages (roles: {_roles(messages)}): {kind}: {error}"
@@ -125,11 +122,11 @@ class ChatIdPairBuilder(PairBuilder):
         eos = self.tokenizer.eos_token_id
         return ids if ids[-1] == eos else [*ids, eos]
 
-    def _end_of_conversations(self) -> dict[str, Any]:
-        """The arguments with which a conversation may end with an answer.
+    def _arguments_for_answers(self) -> dict[str, Any]:
+        """The arguments of `apply_chat_template` for a conversation that ends with an answer.
 
-        A tokenizer for inference (mistral-common's mode "test") takes one only as the beginning of an answer, without
-        EOS; one for training (mode "finetuning") takes no other.
+        A tokenizer for inference (mistral-common's mode "test") accepts such a conversation only with
+        `continue_final_message`, and writes no EOS.  A tokenizer for training (mode "finetuning") needs no argument.
         """
         example = [_QUESTION, {"role": "assistant", "content": _ANSWERS[0]}]
         for arguments in ({}, {"continue_final_message": True}):
@@ -144,16 +141,16 @@ class ChatIdPairBuilder(PairBuilder):
             f"question with an answer: {refusal}"
         )
 
-    # ---- what would train something else in silence
+    # ---- checks of what would silently be trained as something else
 
     def _check_text(self, column: str, value: Any) -> None:
         contents = [value] if isinstance(value, str) else [message["content"] for message in value or []]
         for content in contents:
             text = content.strip() if isinstance(content, str) else ""
-            if text.startswith(self._markers) or text.endswith(self._markers):
+            if text.startswith(self._special_texts) or text.endswith(self._special_texts):
                 raise RowError(
-                    f"column {column!r} has a special token at the beginning or end of a text, where this tokenizer "
-                    "encodes it as text: give messages without special tokens, or strings without a template"
+                    f"column {column!r} has a special token at the beginning or end of a text, but this tokenizer "
+                    "encodes it as ordinary text: give messages without special tokens, or strings without a template"
                 )
 
     def _check_tools(self, messages: list[Message], arguments: Mapping[str, Any], ids: list[int]) -> None:
@@ -161,25 +158,25 @@ class ChatIdPairBuilder(PairBuilder):
             return
         if self._conversation(messages, {key: value for key, value in arguments.items() if key != "tools"}) == ids:
             raise RowError(
-                "the row has tools, but the tokenizer does not write them, so the model would not know of them: use a "
-                "newer one, or remove the column"
+                "the row has tools, but the tokenizer leaves them out, so the model would not know them: use a newer "
+                "tokenizer, or remove the column"
             )
         self._writes_tools = True
 
 
-def _assistant_turns(messages: list[Message]) -> list[tuple[int, int]]:
-    """(first, one past the last) of the messages of each turn of the assistant."""
-    turns, place = [], 0
+def _assistant_turns(messages: list[Message]) -> list[Span]:
+    """The messages of each turn of the assistant: (first, one past the last)."""
+    turns, start = [], 0
     for role, group in itertools.groupby(messages, key=lambda message: message["role"]):
         size = len(list(group))
         if role == "assistant":
-            turns.append((place, place + size))
-        place += size
+            turns.append((start, start + size))
+        start += size
     return turns
 
 
 def _with_typed_parts(message: Message) -> Message:
-    """The message with a type in every part of its content: a part without one would be passed over."""
+    """The message with a type in each part of its content.  The tokenizer would leave out a part without a type."""
     content = message["content"]
     if isinstance(content, str):
         return message

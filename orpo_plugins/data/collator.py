@@ -1,4 +1,4 @@
-"""`ORPOCollator`: rows, raw or tokenized, to the batch that a layout makes.
+"""`ORPOCollator`: makes a batch from rows of a dataset, raw or tokenized.
 
 Trainer(..., data_collator=ORPOCollator(tokenizer, max_length=1024))       # needs remove_unused_columns=False
 """
@@ -15,11 +15,12 @@ from torch.utils.data import get_worker_info
 
 from orpo_plugins.data.example import example_text
 from orpo_plugins.data.pairs import BuiltPair
-from orpo_plugins.data.tokenized_rows import RowTokenizer
+from orpo_plugins.data.row_tokenizer import RowTokenizer
 from orpo_plugins.errors import BatchError, ConfigError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.hooks.types import Pair
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.padded import widened
 from orpo_plugins.options import NLLOver, PairOptions, TrainOn, TruncationMode, check_option
 from orpo_plugins.targets import with_weights, with_width
@@ -32,34 +33,35 @@ _FORMATS = "row_formats"
 
 
 class ORPOCollator:
-    """Makes batches from preference rows in any registered format, or from tokenized ones.
+    """Makes batches from preference rows in any registered format, or from tokenized rows.
 
-    A raw row that cannot be used (chosen equals rejected, for one) is left out of its batch; each reason is logged
-    once, and `left_out` counts all of them.  `prepare_dataset` finds such rows before training starts.
+    A row that cannot be used (for example, chosen equals rejected) is left out of its batch.  Each reason is logged
+    once, and `left_out` counts all such rows.  `prepare_dataset` finds them before training starts.
 
     Args:
-        tokenizer: see `PairBuilder`; it needs an EOS token, and a pad token unless EOS may pad.
+        tokenizer: see `PairBuilder`.  It needs an EOS token.  Without a pad token, EOS pads.
         max_length, max_prompt_length, max_completion_length, truncation_mode: see `PairOptions`.
         layout: "padded" (every decoder can run it), "packed", "shared", "seq2seq" (encoder-decoder models) or a
-            plugin's; "auto" takes the one of highest priority that `model` can run.
+            plugin's; "auto" takes the layout with the highest priority that `model` can run.
         nll_over: "sequence" (prompt and chosen answer) or "completion" (the chosen answer alone).
         padding_value: token id to pad with; default: the tokenizer's pad token.
         pad_to_multiple_of: rounds the width of *padded* batches up.
         sft_rows: whether a row may have no rejected answer (see `PairOptions`).
         train_on: "all_assistant" or "last", for answers of several turns (see `PairOptions`).
-        show_example: whether the first pair of the first batch is logged as text.
+        show_example: whether to log the first pair of the first batch as text.
         template_strings: whether the chat template is applied to rows of strings (see `PairOptions`).
-        repeat_eos: whether a second EOS ends each answer, as in TRL (see `PairOptions`).
-        model: the model that will be trained, for `layout="auto"` and to refuse a layout that it cannot run.
+        repeat_eos: whether each answer ends as in TRL, with a second EOS (see `PairOptions`).
+        model: the model that will be trained.  `layout="auto"` needs it; a layout that it cannot run is refused.
 
     Returns (when called on a list of rows):
-        What `LayoutFunction` describes; for *padded* `input_ids` and `attention_mask` [2B, T], chosen rows first,
-        `labels` [N, 4] (see `targets.py`; [N, 5] with weights or margins) and `shift_labels` [2B, L], all int64.
+        The batch that `Layout.collate` describes.  For *padded*, all int64: `input_ids` and `attention_mask` [2B, T],
+        chosen sequences first; `labels` [N, 4], or [N, 5] with weights or margins (see `targets.py`); `shift_labels`
+        [2B, L].
 
     Raises:
         ConfigError: an unknown option, `layout="auto"` without a model, a layout that `model` cannot run, or a
-            tokenizer without EOS, or without a chat template for conversations.
-        RowError: a malformed row, by its number in the batch.
+            tokenizer without EOS, or without a chat template although there are conversations.
+        RowError: a row is malformed; the message has its number in the batch.
         BatchError: no row of a batch can be used.
     """
 
@@ -82,7 +84,7 @@ class ORPOCollator:
         repeat_eos: bool = False,
         model: torch.nn.Module | None = None,
     ) -> None:
-        self.layout = _layout(layout) if model is None else plugins.best_layout(layout, model)[0]
+        self.layout = _layout(layout) if model is None else best_layout(layout, model)[0]
         if model is not None:
             self.layout.prepare(model)
         self.options = PairOptions(
@@ -105,7 +107,7 @@ class ORPOCollator:
         self._read = RowTokenizer(tokenizer, self.options)
         self.pad_token_id = pad_token_id(tokenizer) if padding_value is None else padding_value
         if self.pad_token_id < 0:
-            raise ConfigError(f"padding_value is {self.pad_token_id}: it is a token's id, and ids are not negative")
+            raise ConfigError(f"padding_value is {self.pad_token_id}: it must be a token id, which is never negative")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch."""
@@ -123,10 +125,10 @@ class ORPOCollator:
         return {**batch, "labels": with_width(batch["labels"], batch["input_ids"].shape[1])}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises `ConfigError` for an option that was read when the collator was made, and for an unknown nll_over."""
+        """Raises `ConfigError` for an option that only the constructor reads, and for a value that is not allowed."""
         if name in _READ_ONCE or (name in _SET_ONCE and hasattr(self, name)):
             raise ConfigError(
-                f"{name}={value!r} would have no effect on a collator that is made: make another, "
+                f"{name}={value!r} would have no effect on an existing collator: make a new one, "
                 f"ORPOCollator(tokenizer, {name}={value!r}, ...)"
             )
         if name == "nll_over":
@@ -135,17 +137,17 @@ class ORPOCollator:
             value = _layout(value)
         if name == "pad_to_multiple_of" and value is not None and (not self.layout.one_sequence_per_row or value < 1):
             raise ConfigError(
-                f"pad_to_multiple_of={value!r} needs layout='padded' and a positive number; the layout is "
-                f"{self.layout.name!r}, which pads in its own way or not at all"
+                f"pad_to_multiple_of={value!r} needs layout='padded' and a positive number, and the layout is "
+                f"{self.layout.name!r}"
             )
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: the layout goes by its name, and so do the row formats that rows are read with."""
+        """For another process: the layout and the row formats are replaced by their names."""
         return {**vars(self), "layout": self.layout.name, _FORMATS: [known.name for known in plugins.row_formats()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Raises `ConfigError` where this process has not the plugins of the one that sent the collator."""
+        """Raises `ConfigError` if this process does not have the plugins of the process that sent the collator."""
         here = {
             "layouts": [layout.name for layout in plugins.layouts()],
             "row formats": [known.name for known in plugins.row_formats()],
@@ -154,15 +156,15 @@ class ORPOCollator:
             missing = [name for name in names if name not in here[kind]]
             if missing or (kind == "row formats" and names != here[kind]):
                 raise ConfigError(
-                    f"this process knows the {kind} {', '.join(here[kind])}, and the process that started it "
-                    f"has {', '.join(names)}: register plugins where workers do too, at the top level of the main "
-                    "script or by an entry point (docs/plugins.md), or set dataloader_num_workers=0"
+                    f"this process knows the {kind} {', '.join(here[kind])}, but the process that started it "
+                    f"has {', '.join(names)}: register plugins at the top level of the main script, which workers "
+                    "run too, or by an entry point (docs/plugins.md), or set dataloader_num_workers=0"
                 )
         vars(self).update(state, layout=plugins.layout(state["layout"]))
 
     def log_example(self, pair: Pair) -> None:
-        """Logs a pair as text, in place of the first one of the next batch."""
-        # As loud as a warning: nobody would see it otherwise, and it shows what no count of rows does.
+        """Logs a pair as text.  The next batch then logs none."""
+        # A warning, because an info line is often not shown.  The text shows errors that no count of rows shows.
         logger.warning("%s", example_text(pair, self.tokenizer, nll_over=self.nll_over))
         self.example_is_logged = True
 
@@ -178,14 +180,14 @@ class ORPOCollator:
         if not pairs:
             counts = ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).items())
             raise BatchError(
-                f"none of the {len(rows)} rows of the batch can be used: {counts}. Take such rows out beforehand: "
+                f"none of the {len(rows)} rows of the batch can be used: {counts}. Remove such rows before training: "
                 "rows, report = orpo_plugins.data.dataset.prepare_dataset(rows, tokenizer, collator.options)"
             )
         for reason in reasons:
             if reason not in self.left_out:
                 logger.warning(
-                    "a row was left out of its batch: %s (told once; ORPOCollator.left_out counts all. "
-                    "prepare_dataset finds such rows beforehand)",
+                    "a row was left out of its batch: %s (logged once for each reason; ORPOCollator.left_out counts "
+                    "all rows. prepare_dataset finds such rows before training)",
                     reason,
                 )
             self.left_out[reason] += 1
@@ -202,13 +204,13 @@ def _layout(name: str) -> Layout:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the first rank, and in it the first worker of a loader."""
+    """Whether this is the first rank, and the first worker of its data loader."""
     worker = get_worker_info()
     return os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0)
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills rows up: PAD, or EOS where there is none, which the attention mask hides just as well."""
+    """The id of the pad token, or of EOS if there is none.  The attention mask hides either."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if value is not None:

@@ -1,6 +1,15 @@
-"""What two answers have in common: the prompt of conversations and of texts, so that it is trained once.
+"""Finds the prompt of two answers that may contain it, so that no prompt is trained twice.
 
-Answers may hold the whole conversation, a prompt beside them may hold it too, or one of the answers.
+Datasets write the same conversation in several ways (U: user, A: assistant):
+
+    prompt          chosen         rejected       called here
+    U1 A1 U2        A2             A2'            context and answers
+    U1 A1 U2        U1 A1 U2 A2    U1 A1 U2 A2'   complete answers, and the context again
+    U2              U1 A1 U2 A2    U1 A1 U2 A2'   complete answers, and the last question
+    U1 A1 U2 A2     A2             A2'            a context that ends with one of the answers
+    (none)          U1 A1 U2 A2    U1 A1 U2 A2'   complete answers alone
+
+Each becomes the prompt U1 A1 U2 with the answers A2 and A2'.
 """
 
 import re
@@ -21,34 +30,49 @@ _TURN = re.compile(
 def question_and_answers(
     context: list[Message], chosen: list[Message], rejected: list[Message], *, column: str = "prompt"
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt, chosen and rejected answer, of answers that may hold the whole conversation.
+    """Prompt, chosen answer and rejected answer, of answers that may contain the complete conversation.
 
-    A conversation that goes on with a user's message is whole, whatever stands before it as a system message.  It may
-    begin with the context, or the context with it; spaces around texts and further keys of messages do not matter.
+    1. Take the system messages off.  All conversations that have some must have the same.
+    2. If the context is complete and no answer contains it, it is the prompt.
+    3. If each complete answer begins with the context, or with its question, cut that beginning off.
+    4. Otherwise the prompt is in the answers: the messages with which both begin, or all but the last message if only
+       one answer is complete.  The context must not contradict them.
+    5. Messages with which both answers still begin move to the end of the prompt.
 
-    Raises `RowError` where the conversations are others than the context, which stands in `column`: one would be
-    trained beside the other.
+    An answer is complete if it begins with a question (`is_whole`).  Messages are the same if their role, text and tool
+    calls are; spaces around the text and other keys do not matter.
+
+    Raises:
+        RowError: the answers contain another conversation than the context, which comes from `column`.
     """
+    # 1.
     system = _system_of(context, chosen, rejected)
     context, chosen, rejected = (turns_of(messages) for messages in (context, chosen, rejected))
     if not chosen or not rejected:
         return system + context, chosen, rejected
-    whole = [answer for answer in (chosen, rejected) if is_whole(answer)]
-    if context and not whole:
-        return _explicit(system + _without_answer(context, chosen, rejected), chosen, rejected)
-    if context and (split := _split_after(context, chosen, rejected)) is not None:
-        return _explicit(system + context, *split)
-    # The conversations themselves hold the prompt.
-    if len(whole) == 1:
-        shared = whole[0][:-1]
+    complete = [answer for answer in (chosen, rejected) if is_whole(answer)]
+    # 2. and 3., then 5.
+    answers = None
+    if context and not complete:
+        context, answers = _without_answer(context, chosen, rejected), (chosen, rejected)
+    elif context:
+        answers = _after_context(context, chosen, rejected)
+    if answers is not None:
+        # Equal answers come from a row without a rejected answer: no message moves to the prompt.
+        shared = 0 if answers[0] == answers[1] else _shared_turns(*answers)
+        return system + context + answers[0][:shared], answers[0][shared:], answers[1][shared:]
+    # 4.
+    if len(complete) == 1:
+        prompt = complete[0][:-1]
         rests = [answer[-1:] if is_whole(answer) else answer for answer in (chosen, rejected)]
     else:
-        shared, *rests = _with_shared_turns([], chosen, rejected)
-    if not context or _fits(context, shared, whole):
-        return system + shared, rests[0], rests[1]
-    if whole[0][0]["role"] != "user":  # nobody's question: a role that the chat template may know goes on
+        shared = _shared_turns(chosen, rejected)
+        prompt, rests = chosen[:shared], [chosen[shared:], rejected[shared:]]
+    if not context or _agrees(context, prompt, complete):
+        return system + prompt, rests[0], rests[1]
+    if complete[0][0]["role"] != "user":  # not a question after all: a role that the chat template may know
         return system + context, chosen, rejected
-    found, expected = (shared or whole[0])[0]["content"], context[0]["content"]
+    found, expected = (prompt or complete[0])[0]["content"], context[0]["content"]
     raise RowError(
         f"column {column!r} ({shortened(expected)}) and the conversations in 'chosen' and 'rejected' "
         f"({shortened(found)}) do not fit together. Make them agree, or leave column "
@@ -56,34 +80,27 @@ def question_and_answers(
     )
 
 
-def _with_shared_turns(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """The same, with the messages that both answers begin with at the end of the prompt; each keeps its last one."""
-    length = _common_length(chosen[:-1], rejected[:-1])
-    return prompt + chosen[:length], chosen[length:], rejected[length:]
+def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+    """The number of messages with which both answers begin.  Each answer keeps at least its last message."""
+    return _common_length(chosen[:-1], rejected[:-1])
 
 
-def _explicit(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """The same behind a prompt that the row names; a row without a rejected answer has its turns all the same."""
-    return (prompt, chosen, rejected) if chosen == rejected else _with_shared_turns(prompt, chosen, rejected)
-
-
-def _fits(context: list[Message], shared: list[Message], whole: list[list[Message]]) -> bool:
-    """Whether whole conversations that share some messages say all that the context says."""
-    if _begins_with(shared[::-1], context[::-1]):
-        return True  # the last questions alone
-    if not _begins_with(context, shared):
+def _agrees(context: list[Message], prompt: list[Message], complete: list[list[Message]]) -> bool:
+    """Whether the prompt that complete answers share contains everything that the context says."""
+    if _begins_with(prompt[::-1], context[::-1]):
+        return True  # the context is the end of the prompt
+    if not _begins_with(context, prompt):
         return False
-    # What follows there: one of the answers, or another one, but no question.
-    more = context[len(shared) :]
-    return all(not is_whole([m]) for m in more) or any(_begins_with(answer, context) for answer in whole)
+    # The context may go on behind the prompt: with one of the answers, or another answer, but not with a question.
+    more = context[len(prompt) :]
+    return all(not is_whole([m]) for m in more) or any(_begins_with(answer, context) for answer in complete)
 
 
 def _system_of(*conversations: list[Message]) -> list[Message]:
-    """The system messages at the beginning, of the first conversation that has some; all that have some agree."""
+    """The system messages at the beginning of the first conversation that has some.
+
+    Raises `RowError` if the system messages of two conversations differ.
+    """
     found = [messages[: len(messages) - len(turns_of(messages))] for messages in conversations]
     found = [system for system in found if any(_plain_content(message) for message in system)]
     for other in found[1:]:
@@ -103,14 +120,17 @@ def turns_of(messages: list[Message]) -> list[Message]:
 
 
 def is_whole(answer: list[Message]) -> bool:
-    """Whether an answer begins with the question."""
+    """Whether an answer is complete: it begins with a question."""
     return answer[0]["role"] not in ("assistant", "tool")
 
 
-def _split_after(
+def _after_context(
     context: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message]] | None:
-    """What both answers go on with after the context, where each that is whole begins with it, or with its question."""
+    """The answers without the context, or without its last question, at their beginning.
+
+    None if a complete answer begins with neither.
+    """
     rests = []
     for answer in (chosen, rejected):
         lengths = [len(context), *([1] if context[-1]["role"] == "user" else [])]
@@ -122,7 +142,7 @@ def _split_after(
 
 
 def _without_answer(context: list[Message], chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """The context without one of the answers at its end."""
+    """The context; if it ends with one of the answers, without it."""
     for answer in (chosen, rejected):
         before = len(context) - len(answer)
         if before > 0 and _begins_with(context[before:], answer):
@@ -135,13 +155,13 @@ def _begins_with(messages: list[Message], beginning: list[Message]) -> bool:
 
 
 def _common_length(first: list[Message], second: list[Message]) -> int:
-    """How many messages two conversations begin with that are the same."""
+    """The number of messages that are the same at the beginning of both conversations."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (one, other) in pairs if not _same(one, other)), min(len(first), len(second)))
 
 
 def _same(first: Message, second: Message) -> bool:
-    """Whether two messages say the same; spaces around the text, and keys such as an id, do not count."""
+    """Whether two messages say the same.  Spaces around the text, and other keys such as an id, do not matter."""
     if first["role"] != second["role"] or first.get("tool_calls") != second.get("tool_calls"):
         return False
     return _plain_content(first) == _plain_content(second)
@@ -157,22 +177,22 @@ def _plain_content(message: Message) -> str:
 
 
 def count_turns(text: str) -> int:
-    """How many turns of a conversation a text is written as: "Human: ...", "### Response:", "[INST] ..."."""
+    """The number of turns that a text writes out: "Human: ...", "### Response:", "[INST] ..."."""
     return sum(1 for _ in _TURN.finditer(text))
 
 
 def holds_conversation(text: str, question: str) -> bool:
-    """Whether a text has a turn that begins with the question, and another one behind it: the answer's."""
+    """Whether a text has a turn that begins with the question, and behind the question another turn: the answer's."""
     for turn in _TURN.finditer(text):
-        before, found, behind = text[turn.end() :].lstrip().partition(question)
-        if found and not before and not behind[:1].isalnum() and count_turns(behind):
+        before, found, after = text[turn.end() :].lstrip().partition(question)
+        if found and not before and not after[:1].isalnum() and count_turns(after):
             return True
     return False
 
 
 def common_prefix(*texts: str) -> str:
-    """What all texts begin with."""
-    # Of sorted texts the first and the last differ the earliest; halving compares long texts at the speed of C.
+    """The longest common beginning of all texts."""
+    # The smallest and the largest text have the shortest common prefix.  Bisection compares long texts at C speed.
     first, last = min(texts), max(texts)
     known, limit = 0, min(len(first), len(last))
     while known < limit:
@@ -182,10 +202,10 @@ def common_prefix(*texts: str) -> str:
 
 
 def end_of_shared_words(chosen: str, rejected: str) -> int:
-    """Where the last word ends that both texts begin with; each text keeps at least one character."""
+    """The end of the last word that both texts begin with.  Each text keeps at least one character."""
     shorter, longer = sorted((chosen.rstrip(), rejected.rstrip()), key=len)
     if longer.startswith(shorter) and any(turn.end() == len(shorter) for turn in _TURN.finditer(shorter)):
-        return len(shorter)  # an answer is empty
+        return len(shorter)  # one of the answers is empty
     longest = max(0, min(len(chosen), len(rejected)) - 1)
     end = len(common_prefix(chosen[:longest], rejected[:longest]))
     if end and _in_word(chosen[end - 1]) and (_in_word(chosen[end]) or _in_word(rejected[end])):
@@ -195,5 +215,5 @@ def end_of_shared_words(chosen: str, rejected: str) -> int:
 
 
 def _in_word(character: str) -> bool:
-    """Whether a character is part of a word; scripts that write no spaces between words have none to keep whole."""
+    """Whether a character is part of a word.  Wide characters are not: their scripts put no spaces between words."""
     return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"

@@ -1,10 +1,10 @@
-"""Tokenizes a whole dataset once, and reports what was cut, repaired or left out.
+"""Tokenizes a dataset once, and reports which rows were truncated, repaired or dropped.
 
     dataset, report = prepare_dataset(rows, tokenizer, PairOptions(max_length=1024))
     print(report.summary())
 
-A row that is *malformed* (a column missing, a value of the wrong type) raises `RowError`; a row that is well-formed
-but *unusable* (both answers equal, nothing to learn from) is dropped, counted and reported with its number.
+A *malformed* row (a missing column, a value of the wrong type) raises `RowError`.  A well-formed but *unusable* row
+(for example, both answers are equal) is dropped, counted and reported with its number.
 """
 
 import itertools
@@ -18,14 +18,15 @@ import torch.utils.data
 from orpo_plugins.data.cache import fingerprint
 from orpo_plugins.data.pairs import BuiltPair, Dropped
 from orpo_plugins.data.report import FLAGS, PreparationReport
-from orpo_plugins.data.tokenized_rows import COLUMNS, NUMBERS, RowTokenizer, shown, tokenized_row
+from orpo_plugins.data.row_tokenizer import COLUMNS, NUMBERS, RowTokenizer, tokenized_row
+from orpo_plugins.data.row_values import shortened
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.options import PairOptions
 
 logger = logging.getLogger(__name__)
 
 _ENDLESS = 1000
-"""So many unusable rows at the start of a stream, and not one usable, are taken for a mistake."""
+"""A stream that begins with this many unusable rows is an error."""
 
 
 def prepare_dataset(
@@ -39,28 +40,28 @@ def prepare_dataset(
     """Tokenizes every row.
 
     Args:
-        dataset: `datasets.Dataset` (cached, and tokenized by `num_proc` processes), `datasets.IterableDataset` or any
-            other iterable without a length (tokenized as it is read), a sequence of dicts, or a table (see `as_rows`).
-            Rows in any registered format, or tokenized already.
+        dataset: one of these, with rows in any registered format, or tokenized already:
+            a `datasets.Dataset` (cached, and tokenized by `num_proc` processes),
+            a `datasets.IterableDataset` or any other iterable without a length (tokenized while it is read),
+            a sequence of dicts, or a table (see `as_rows`).
         tokenizer: see `PairBuilder`.
-        options: lengths.
-        num_proc: processes, for a `datasets.Dataset`.
-        name: how messages call the dataset.
+        options: lengths, and how rows are read.
+        num_proc: number of processes, for a `datasets.Dataset`.
+        name: the name of the dataset in messages.
 
     Returns:
-        The dataset with the columns `COLUMNS` and `length`, and the report, which is logged as a warning where rows
-        were cut, repaired or dropped.  A sequence becomes a `datasets.Dataset`
-        where that package is installed, and a list otherwise.  The report of a stream fills while it is read, as far
-        as it is read in this process.
+        The dataset with the columns `COLUMNS` and `length`, and the report.  The report is logged as a warning if rows
+        were truncated, repaired or dropped.  A sequence becomes a `datasets.Dataset` if that package is installed, or
+        else a list.  The report of a stream counts the rows that this process has read so far.
 
     Raises:
-        RowError: a malformed row, by number.
+        RowError: a row is malformed; the message has its number.
         ConfigError: no row is left, or `dataset` is none of the above.
     """
     rows = RowTokenizer(tokenizer, PairOptions() if options is None else options)
     report = PreparationReport(name=name)
     dataset = as_rows(dataset, name)
-    # A dataset of that package can only be here if the package was imported.
+    # If the package has not been imported, this is none of its datasets.
     package = sys.modules.get("datasets")
     if package is not None and isinstance(dataset, package.Dataset):
         prepared = _prepare_mapped(dataset, rows, report, num_proc)
@@ -68,7 +69,7 @@ def prepare_dataset(
         return _prepare_stream(dataset, rows, report), report
     elif isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise ConfigError(
-            f"the {name} dataset is {shown(dataset)}: pass a datasets.Dataset, an iterable or a list of dicts"
+            f"the {name} dataset is {shortened(dataset)}: pass a datasets.Dataset, an iterable or a list of dicts"
         )
     elif hasattr(dataset, "__len__"):
         prepared = _as_dataset(list(_tokenized(enumerate(_rows_of(dataset)), rows, report)))
@@ -81,13 +82,13 @@ def prepare_dataset(
 
 
 def as_rows(dataset: Any, name: str = "train") -> Any:
-    """A dataset that is read row by row: tables and columns become one, any other is returned as it is.
+    """A dataset that can be read row by row.  Tables are converted; any other dataset is returned as it is.
 
     A pandas or polars DataFrame and a pyarrow Table become a `datasets.Dataset`; a mapping from column to values
     becomes a list.
 
     Raises:
-        ConfigError: several datasets by name, or columns of several lengths.
+        ConfigError: `dataset` is a mapping with several datasets, or its columns have different lengths.
     """
     pandas, polars, pyarrow = (sys.modules.get(package) for package in ("pandas", "polars", "pyarrow"))
     if pandas is not None and isinstance(dataset, pandas.DataFrame):
@@ -111,26 +112,26 @@ def as_rows(dataset: Any, name: str = "train") -> Any:
 
 
 def are_several(dataset: Any) -> bool:
-    """Whether a dataset is several by name (a dict of them, a `DatasetDict`) and not columns of one."""
+    """Whether a mapping contains several datasets (as a `DatasetDict` does), and not the columns of one."""
     if not isinstance(dataset, Mapping):
         return False
     columns = all(hasattr(values, "__len__") and not isinstance(values, str | Mapping) for values in dataset.values())
     if not columns or not dataset:
         return True
-    # Values that are messages are columns too, where the name is one that rows have.
+    # A list of mappings is a dataset, or a column of messages.  The names of the columns decide.
     known = "chosen" in dataset or set(COLUMNS) <= set(dataset)
     return not known and any(_is_a_dataset(values) for values in dataset.values())
 
 
 def _is_a_dataset(values: Any) -> bool:
-    """Whether something in a mapping is rows, and not the values of a column."""
+    """Whether a value of a mapping is a dataset, and not a column."""
     if not isinstance(values, list | tuple):
         return not (hasattr(values, "tolist") and not hasattr(values, "columns"))  # an array or a pandas Series
     return not values or isinstance(values[0], Mapping)
 
 
 def is_tokenized(dataset: Any) -> bool:
-    """Whether every row has the columns of `prepare_dataset`, which a dataset of the user's own need not."""
+    """Whether the rows have the columns of `prepare_dataset`."""
     if isinstance(dataset, PreparedStream):
         return True
     names = getattr(dataset, "column_names", None)
@@ -143,7 +144,7 @@ def _datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{what} is read by the package datasets, which is not installed: pip install it") from error
+        raise ConfigError(f"reading {what} needs the package datasets: pip install datasets") from error
     return datasets
 
 
@@ -158,7 +159,7 @@ def _rows_of(dataset: Any) -> Iterator[Any]:
     if not hasattr(dataset, "__getitem__"):
         yield from dataset
         return
-    # Datasets of torch need not raise the IndexError that ends an iteration by index.
+    # A dataset of torch need not raise IndexError behind its last row, so `iter` might never end.
     for index in range(len(dataset)):
         yield dataset[index]
 
@@ -166,7 +167,7 @@ def _rows_of(dataset: Any) -> Iterator[Any]:
 def _tokenized(
     numbered: Iterable[tuple[int, Any]], rows: RowTokenizer, report: PreparationReport
 ) -> Iterator[dict[str, Any]]:
-    """The usable rows, tokenized; counts all of them."""
+    """The usable rows, tokenized.  The report counts all rows."""
     for index, row in numbered:
         built = rows(row, index)
         if isinstance(built, Dropped):
@@ -179,7 +180,7 @@ def _tokenized(
 def _streamed(
     numbered: Iterable[tuple[int, Any]], rows: RowTokenizer, report: PreparationReport
 ) -> Iterator[dict[str, Any]]:
-    """The same for a stream, which is read once per epoch and may never end."""
+    """The same for a stream, which is read once per epoch, and may be endless."""
     for index, row in numbered:
         if index == 0:
             report.clear()
@@ -193,7 +194,7 @@ def _flags(built: BuiltPair) -> dict[str, bool]:
 
 
 def _as_dataset(rows: list[dict[str, Any]]) -> Any:
-    """A `datasets.Dataset`, whose columns a Trainer can ask for (lengths, for one); a list without that package."""
+    """A `datasets.Dataset`, because a Trainer can read one of its columns (`length`); without the package, a list."""
     if not rows:
         return rows
     try:
@@ -222,7 +223,7 @@ def _numbers_of(columns: Iterable[str]) -> list[str]:
 
 
 class _MapRows:
-    """The function given to `Dataset.map`: every row yields a row, so that the cache holds the report too."""
+    """The function for `Dataset.map`.  Dropped rows stay as empty rows with a reason, so the cache has the report."""
 
     def __init__(self, rows: RowTokenizer, numbers: list[str]) -> None:
         self.rows, self.numbers = rows, numbers
@@ -230,15 +231,15 @@ class _MapRows:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         built = self.rows(row, index)
         if isinstance(built, Dropped):
-            nothing = {**{c: [] for c in COLUMNS}, "length": 0, **dict.fromkeys(self.numbers, 0.0)}
-            return {**nothing, "dropped": built.reason, **dict.fromkeys(FLAGS, False)}
+            empty = {**{c: [] for c in COLUMNS}, "length": 0, **dict.fromkeys(self.numbers, 0.0)}
+            return {**empty, "dropped": built.reason, **dict.fromkeys(FLAGS, False)}
         return {**tokenized_row(built, self.numbers), "dropped": "", **_flags(built)}
 
 
 def _prepare_mapped(dataset: Any, rows: RowTokenizer, report: PreparationReport, num_proc: int | None) -> Any:
     if len(dataset) == 0:
         return dataset
-    if dataset.format["type"] != "custom":  # a transform of the user's own makes the rows; tensors would not be texts
+    if dataset.format["type"] != "custom":  # a custom transform makes the rows; other formats would make tensors
         dataset = dataset.with_format(None)
     numbers = _numbers_of(dataset.column_names)
     mapped = dataset.map(
@@ -264,7 +265,7 @@ def _prepare_mapped(dataset: Any, rows: RowTokenizer, report: PreparationReport,
 
 
 class _MapStream:
-    """The function given to `IterableDataset.map`, on batches of one row: it may return none."""
+    """The function for `IterableDataset.map`, on batches of one row.  It returns no row if the row is dropped."""
 
     def __init__(self, rows: RowTokenizer, numbers: list[str], report: PreparationReport) -> None:
         self.rows, self.numbers, self.report = rows, numbers, report
@@ -289,9 +290,9 @@ def _prepare_stream(dataset: Any, rows: RowTokenizer, report: PreparationReport)
 
 
 class PreparedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Any other iterable, as a torch dataset that can be read again and again.
+    """A torch dataset that tokenizes any other iterable, as often as it is read.
 
-    Several workers share its rows out, unless it is a torch dataset, which does so by itself.
+    Several data loader workers divide the rows among them.  A torch dataset has to do so itself.
     """
 
     def __init__(self, dataset: Iterable[Any], rows: RowTokenizer, report: PreparationReport) -> None:

@@ -1,7 +1,7 @@
-"""One pair as it is trained, in words: its prompt and both answers as text, and which parts of them are labelled.
+"""One pair as it is trained, as text: its prompt and both answers, and which parts of them have labels.
 
-A look at it shows what no count of rows does: a prompt that stands twice or not at all, a template that is missing, an
-answer that ends in the middle.
+The text shows errors that no count of rows shows: a prompt that is there twice or is missing, a missing template, an
+answer that stops in the middle.
 """
 
 import itertools
@@ -12,19 +12,20 @@ from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.targets import IGNORE_INDEX, prompt_length
 
 _LONGEST = 600
-"""Characters of each text; of a longer one, its beginning and its end."""
+"""The most characters of a text that are shown.  Of a longer text, its beginning and its end."""
 
 
 def example_text(pair: Pair, tokenizer: Any, *, nll_over: str = "sequence") -> str:
-    """The pair decoded, a line for the prompt and one for each answer; what is labelled stands in [[ ]].
+    """The decoded pair: one line for the prompt, and one for each answer.  Tokens with labels are inside [[ ]].
 
     Args:
-        pair: as a collator lays it out.
+        pair: as a layout gets it.
         tokenizer: anything with `decode`.
-        nll_over: "sequence" or "completion": whether the prompt counts in the NLL.
+        nll_over: "sequence" or "completion" (the prompt does not count in the NLL).
     """
     counted = "the prompt and the chosen answer" if nll_over == "sequence" else "the chosen answer"
-    lines = [f"one pair as it is trained; [[...]] counts in the log-probability of an answer, {counted} in the NLL:"]
+    meaning = f"Tokens in [[...]] count in the answer's log-probability. The NLL counts {counted}"
+    lines = [f"one pair as it is trained. {meaning}:"]
     chosen, rejected = pair.chosen, pair.rejected
     start = prompt_length(chosen.labels)
     lines.append(_line("prompt", chosen, 0, start, tokenizer))
@@ -48,7 +49,7 @@ def _line(name: str, sequence: TokenSequence, start: int, end: int, tokenizer: A
 
 
 def _runs(ids: list[int], labels: list[int], tokenizer: Any) -> Iterator[str]:
-    """The text of all tokens in a row that are labelled, or are not."""
+    """The text of each run of tokens that all have labels, or that all have none."""
     for labelled, run in itertools.groupby(zip(ids, labels, strict=True), lambda item: item[1] != IGNORE_INDEX):
         text = tokenizer.decode([token for token, _ in run])
         yield f"[[{text}]]" if labelled else text

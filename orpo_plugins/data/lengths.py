@@ -1,4 +1,4 @@
-"""What the pairs of a tokenized dataset cost in a layout, without making a Python object per token."""
+"""The lengths of pairs in a tokenized dataset, and their cost in a layout.  Makes no Python object per token."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -9,18 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orpo_plugins.data.tokenized_rows import COLUMNS
+from orpo_plugins.data.row_tokenizer import COLUMNS
 from orpo_plugins.hooks.layout import Layout
 from orpo_plugins.targets import IGNORE_INDEX
 
 _AT_ONCE = 1000
-"""The tokens of so many examples are in memory together."""
+"""The number of rows whose tokens are in memory at the same time."""
 
 Integers = NDArray[np.int64]
 
 
 def token_costs(dataset: Any, layout: Layout, *, multiple_of: int = 1) -> list[tuple[int, ...]]:
-    """What each pair of a tokenized dataset costs in `layout`: the `lengths` of `PairBatches(..., padded=layout.pads)`.
+    """The cost in tokens of each pair in `layout`: the `lengths` of `PairBatches(..., padded=layout.pads)`.
 
     `multiple_of` is the collator's `pad_to_multiple_of`.
     """
@@ -29,7 +29,7 @@ def token_costs(dataset: Any, layout: Layout, *, multiple_of: int = 1) -> list[t
 
 
 def pair_lengths(dataset: Any) -> Iterator["ColumnLengths"]:
-    """`hooks.PairLengths` of a tokenized dataset, part by part in its order."""
+    """`hooks.PairLengths` of a tokenized dataset, in its order, for `_AT_ONCE` rows at a time."""
     for start in range(0, len(dataset), _AT_ONCE):
         stop = min(start + _AT_ONCE, len(dataset))
         if hasattr(dataset, "with_format"):  # datasets.Dataset
@@ -41,7 +41,7 @@ def pair_lengths(dataset: Any) -> Iterator["ColumnLengths"]:
 
 
 class Lists:
-    """B lists of integers as one array of values, and where each list begins and ends in it."""
+    """B lists of integers: one array with all values, and the start and length of each list in it."""
 
     def __init__(self, values: Integers, offsets: Integers) -> None:
         self.values, self.starts, self.lengths = values, offsets[:-1], np.diff(offsets)
@@ -56,14 +56,14 @@ class Lists:
         return cls(np.concatenate([np.asarray(part, dtype=np.int64) for part in lists]), offsets)
 
     def elements(self, lengths: Integers) -> tuple[Integers, Integers, Integers]:
-        """Of the first `lengths` [B] elements of each list: the number of its list, its place there, its value."""
+        """The first `lengths` [B] elements of each list, as three arrays: number of the list, index in it, value."""
         lists = np.repeat(np.arange(len(lengths)), lengths)
-        places = np.arange(len(lists)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return lists, places, self.values[self.starts[lists] + places]
+        indices = np.arange(len(lists)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return lists, indices, self.values[self.starts[lists] + indices]
 
 
 class ColumnLengths:
-    """`hooks.PairLengths` of B examples, from their `COLUMNS`; what reads every token is computed when asked for."""
+    """`hooks.PairLengths` of B rows.  Properties that have to read every token are computed on first use."""
 
     def __init__(self, chosen: Lists, chosen_labels: Lists, rejected: Lists, rejected_labels: Lists) -> None:
         self._chosen, self._rejected = chosen, rejected
@@ -80,9 +80,9 @@ class ColumnLengths:
     @cached_property
     def shared_prefix(self) -> Tensor:
         shorter = np.minimum(self._chosen.lengths, self._rejected.lengths)
-        lists, places, chosen = self._chosen.elements(shorter)
+        lists, indices, chosen = self._chosen.elements(shorter)
         *_, rejected = self._rejected.elements(shorter)
-        return torch.from_numpy(_first_place(chosen != rejected, lists, places, shorter))
+        return torch.from_numpy(_first_index(chosen != rejected, lists, indices, shorter))
 
     @cached_property
     def chosen_prompt(self) -> Tensor:
@@ -94,13 +94,13 @@ class ColumnLengths:
 
 
 def _prompt_lengths(labels: Lists) -> Tensor:
-    lists, places, values = labels.elements(labels.lengths)
-    return torch.from_numpy(_first_place(values != IGNORE_INDEX, lists, places, labels.lengths))
+    lists, indices, values = labels.elements(labels.lengths)
+    return torch.from_numpy(_first_index(values != IGNORE_INDEX, lists, indices, labels.lengths))
 
 
-def _first_place(marked: NDArray[np.bool_], lists: Integers, places: Integers, default: Integers) -> Integers:
-    """[B]: the place of the first marked element of each list, `default` where none is marked."""
+def _first_index(marked: NDArray[np.bool_], lists: Integers, indices: Integers, default: Integers) -> Integers:
+    """[B]: the index of the first marked element of each list, or its `default` if no element is marked."""
     found = default.copy()
-    # Backwards, since of several assignments to one list the last one stays.
-    found[lists[marked][::-1]] = places[marked][::-1]
+    # In reverse order: of several assignments to the same list, the last one stays.
+    found[lists[marked][::-1]] = indices[marked][::-1]
     return found

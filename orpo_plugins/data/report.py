@@ -1,4 +1,4 @@
-"""What became of the rows of a dataset, counted and in words."""
+"""The report of `prepare_dataset`: which rows were kept, truncated, repaired or dropped."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,15 +15,17 @@ FLAGS = (
     "strings_joined",
     "strings_templated",
 )
-"""What is counted of each row that became a pair, by the names of `BuiltPair`."""
+"""The fields of `BuiltPair` that are counted."""
+_WITH_ROW_NUMBERS = ("repaired", "restated")
+"""The flags whose rows are listed by number."""
 
 
 @dataclass(kw_only=True)
 class PreparationReport:
-    """What became of a dataset's rows."""
+    """Counts of a dataset's rows."""
 
     name: str = "train"
-    """How messages call the dataset."""
+    """The name of the dataset in messages."""
     rows: int = 0
     """Rows read."""
     kept: int = 0
@@ -37,7 +39,7 @@ class PreparationReport:
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Row numbers, from 0, by reason."""
     repaired: list[int] = field(default_factory=list)
-    """Row numbers of pairs whose answers held the whole conversation beside a raw prompt."""
+    """Row numbers of pairs whose answers contained the complete conversation, so the prompt column was left out."""
     restated: list[int] = field(default_factory=list)
     """Row numbers of pairs whose answers both begin with the text of the prompt."""
     sft_only: int = 0
@@ -47,40 +49,34 @@ class PreparationReport:
     with_margin: int = 0
     """Rows with a margin other than 0."""
     strings_joined: int = 0
-    """Rows of strings without a template in them, joined as they are."""
+    """Rows of strings that contain no template and were joined as they are."""
     strings_templated: int = 0
     """Rows of strings that the chat template was applied to."""
 
     def add(self, index: int, dropped: str, flags: Mapping[str, bool]) -> None:
-        """Counts one row: the reason why it was dropped (empty where it was kept), and the flags of `BuiltPair`."""
+        """Counts one row.  `dropped` is the reason why it was dropped, or empty; `flags` are those of `BuiltPair`."""
         self.rows += 1
         if dropped:
             self.dropped.setdefault(dropped, []).append(index)
             return
         self.kept += 1
-        self.prompt_truncated += flags["prompt_truncated"]
-        self.chosen_truncated += flags["chosen_truncated"]
-        self.rejected_truncated += flags["rejected_truncated"]
-        self.sft_only += flags["sft_only"]
-        self.weighted += flags["weighted"]
-        self.with_margin += flags["with_margin"]
-        self.strings_joined += flags["strings_joined"]
-        self.strings_templated += flags["strings_templated"]
-        for name in ("repaired", "restated"):
-            if flags[name]:
+        for name in FLAGS:
+            if name not in _WITH_ROW_NUMBERS:
+                setattr(self, name, getattr(self, name) + flags[name])
+            elif flags[name]:
                 getattr(self, name).append(index)
 
     def clear(self) -> None:
-        """Starts again from no rows."""
-        self.__init__(name=self.name)  # type: ignore[misc]  # the fields' defaults are written once, above
+        """Sets all counts back to zero."""
+        self.__init__(name=self.name)  # type: ignore[misc]  # the defaults of the fields above
 
     def all_whole(self) -> bool:
-        """Whether every row was kept as it is, and counts as every other."""
+        """Whether every row was kept unchanged, with the same weight."""
         truncated = self.prompt_truncated + self.chosen_truncated + self.rejected_truncated
         return not (self.dropped or self.repaired or self.restated or truncated or self.weighted or self.with_margin)
 
     def summary(self) -> str:
-        """The report in words, one line per thing to know."""
+        """The report as text, with one line per finding."""
         lines = [f"{self.name}: {self.kept} of {self.rows} rows kept"]
         if self.prompt_truncated or self.chosen_truncated or self.rejected_truncated:
             lines.append(
@@ -95,14 +91,14 @@ class PreparationReport:
             )
         if self.repaired:
             lines.append(
-                f"the answers of {len(self.repaired)} rows held the whole conversation beside a prompt column; "
-                f"the column was left out there, so that no prompt is trained twice: {_numbers(self.repaired)}"
+                f"the answers of {len(self.repaired)} rows contained the complete conversation, so their prompt column "
+                f"was left out and no prompt is trained twice: {_numbers(self.repaired)}"
             )
         if self.restated:
             lines.append(
-                f"both answers of {len(self.restated)} rows begin with the text of their prompt, which is trained "
-                "twice there. If they hold the whole text, leave the prompt column out: what both share is the prompt "
-                f"then: {_numbers(self.restated)}"
+                f"both answers of {len(self.restated)} rows begin with the text of their prompt, so it is trained "
+                "twice. If the answers contain the complete text, remove the prompt column; then their common "
+                f"beginning is the prompt: {_numbers(self.restated)}"
             )
         lines += [f"dropped {len(rows)}: {reason}: {_numbers(rows)}" for reason, rows in self.dropped.items()]
         return "\n  ".join(lines)

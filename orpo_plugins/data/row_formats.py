@@ -1,8 +1,8 @@
 """Row formats: how datasets write a prompt, a chosen and a rejected answer.
 
-Everything that a format reads becomes a `Preference`: three strings, or three message lists.  Formats are told
-apart by their columns and by whether a value is text or messages; a value that does not fit is the format's own
-error, with the column's name, so that one bad row in a good dataset is not reported as an unknown format.
+Each format reads a row into a `Preference`: three strings, or three message lists.  The columns of a row, and whether
+their values are text or messages, decide which format reads it.  A value of the wrong type is then an error of that
+format, which names the column.  So one bad row in a good dataset is not reported as an unknown format.
 """
 
 import difflib
@@ -44,7 +44,7 @@ _OTHER_NAMES = {
     "chosen": ("accepted", "preferred", "good", "better", "positive", "response_j", "chosen_response", "answer"),
     "rejected": ("dispreferred", "bad", "worse", "negative", "response_k", "rejected_response"),
 }
-"""What datasets call the three columns where they do not use these names."""
+"""Other names that datasets give to the three columns."""
 
 _NO_PROMPT = re.compile(
     r"(^|_)(id|ids|idx|index|source|origin|dataset|subset|split|models?|generator|category|categories|type|kind"
@@ -52,12 +52,12 @@ _NO_PROMPT = re.compile(
     r"|timestamp|license|version|system|tools|chat_template_kwargs|weight|margin)$|^(chosen|rejected)_",
     re.IGNORECASE,
 )
-"""Names of columns that say something about a row or an answer, and hold no prompt."""
+"""Names of columns that describe a row or an answer, and do not contain a prompt."""
 
 
 @hookimpl
 def orpo_row_formats() -> list[RowFormat]:
-    """The built-in formats; the first that matches reads the row."""
+    """The built-in formats.  The first that matches reads the row."""
     return [
         RowFormat(
             name="ms-swift",
@@ -80,7 +80,7 @@ def orpo_row_formats() -> list[RowFormat]:
         ),
         RowFormat(
             name="conversational, implicit prompt",
-            columns="chosen, rejected (message lists that begin alike)",
+            columns="chosen, rejected (message lists that begin with the same messages)",
             matches=lambda row: (
                 _has(row, "chosen", "rejected") and (_is_messages(row["chosen"]) or _is_messages(row["rejected"]))
             ),
@@ -106,8 +106,8 @@ def orpo_row_formats() -> list[RowFormat]:
         ),
         RowFormat(
             name=_IMPLICIT_STRINGS,
-            columns="chosen, rejected (strings that begin alike)",
-            # A prompt under another name is a mistake to report, not a prompt to guess.
+            columns="chosen, rejected (strings that begin with the same words)",
+            # If the prompt has a column under another name, the error must say so.
             matches=lambda row: _has(row, "chosen", "rejected") and _renamed(row, "prompt") is None,
             parse=_parse_implicit_strings,
         ),
@@ -118,26 +118,28 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_st
     """Reads a row with the first format of `plugins.row_formats()` that matches.
 
     Args:
-        row: raw columns.
-        index: the row's number (or any name for it), for messages.
+        row: from column name to value.
+        index: the row's number, or any other name of it, for error messages.
         sft_rows: whether a row may have no rejected answer (no such column, or None in it).
-        template_strings: whether a row of strings becomes a conversation, where its prompt has a column of its own.
+        template_strings: whether a row of strings becomes a conversation, if its prompt has a column of its own.
 
     Raises:
-        RowError: no format matches (naming the columns found and the formats known), or a value does not fit.
+        RowError: no format matches (the message lists the columns found and the known formats), or a value does not
+            fit.
     """
-    where = f"row {index}"
+    place = f"row {index}"
     if not isinstance(row, Mapping):
-        raise RowError(f"{where}: expected a mapping from column to value, got {kind(row)}")
+        raise RowError(f"{place}: expected a mapping from column to value, got {kind(row)}")
     row = {name: plain_value(value) for name, value in row.items()}
     if media := next((column for column in MEDIA if row.get(column)), None):
-        raise RowError(f"{where}: column {media!r} is not empty, but only text can be trained on. {TEXT_ONLY}")
+        raise RowError(f"{place}: column {media!r} is not empty, but only text can be trained on. {TEXT_ONLY}")
     try:
         row |= message_lists_in_texts(row)
     except RowError as error:
-        raise RowError(f"{where}: {error}") from error
-    alone = sft_rows and row.get("rejected") is None and row.get("chosen") is not None
-    if alone:
+        raise RowError(f"{place}: {error}") from error
+    chosen_only = sft_rows and row.get("rejected") is None and row.get("chosen") is not None
+    if chosen_only:
+        # Every format reads two answers, so the chosen one is read twice.
         row = {**row, "rejected": row["chosen"]}
     for row_format in plugins.row_formats():
         try:
@@ -146,25 +148,24 @@ def parse_row(row: Row, index: int | str, *, sft_rows: bool = False, template_st
             preference = row_format.parse(row)
             if template_strings and row_format.name != _IMPLICIT_STRINGS:
                 preference = _as_conversation(preference, row)
-            return _alone(preference, row_format) if alone else preference
+            return _without_rejected(preference, row_format) if chosen_only else preference
         except (RowError, PluginError) as error:
-            raise type(error)(f"{where} ({row_format.name}): {error}") from (error.__cause__ or error)
-    raise RowError(f"{where}: {_unknown_format(row)}")
+            raise type(error)(f"{place} ({row_format.name}): {error}") from (error.__cause__ or error)
+    raise RowError(f"{place}: {_unknown_format(row)}")
 
 
-def _alone(preference: Preference, row_format: RowFormat) -> Preference:
-    """The preference without the rejected answer, whose place the chosen one has taken so that a format could read."""
+def _without_rejected(preference: Preference, row_format: RowFormat) -> Preference:
     if row_format.name == _IMPLICIT_STRINGS:
         raise RowError(
-            "there is no 'prompt' column and no rejected answer, so where the answer begins is not known. Give the row "
-            "a prompt"
+            "there is no 'prompt' column and no rejected answer, so the beginning of the answer is not known. Give the "
+            "row a prompt"
         )
     plain = None if preference.plain is None else replace(preference.plain, rejected=None)
     return replace(preference, rejected=None, plain=plain)
 
 
 def _as_conversation(preference: Preference, row: Row) -> Preference:
-    """Strings as a user's message and an assistant's answers; the strings themselves stay beside them."""
+    """Makes strings a user's message and an assistant's answers.  The strings stay in `plain`."""
     prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
     if not (isinstance(prompt, str) and isinstance(chosen, str)):
         return preference
@@ -189,7 +190,7 @@ def _parse_swift(row: Row) -> Preference:
         return _chat(row, *question_and_answers([], conversation, messages_of(row, "rejected_messages")))
     if not conversation or conversation[-1]["role"] != "assistant":
         raise RowError(
-            "column 'messages' does not end with an assistant's message, which would be the chosen answer beside "
+            "column 'messages' does not end with an assistant's message, which is the chosen answer of a row with "
             "'rejected_response'. Add it, or filter the row out"
         )
     if not isinstance(row["rejected_response"], str):
@@ -212,7 +213,7 @@ def _parse_sharegpt(row: Row) -> Preference:
     if prompt and prompt[-1]["role"] == "assistant" and chosen and chosen[0]["role"] == "assistant":
         raise RowError(
             f"column {column!r} ends with an assistant's message ({shortened(prompt[-1]['content'])}) that is neither "
-            f"answer, so that both answers would follow another one. Take that message out of {column!r}"
+            f"the chosen nor the rejected answer, so both would follow another answer. Remove it from {column!r}"
         )
     return _chat(row, prompt, chosen, rejected)
 
@@ -234,12 +235,12 @@ def _parse_implicit(row: Row) -> Preference:
     prompt, chosen, rejected = question_and_answers([], messages_of(row, "chosen"), messages_of(row, "rejected"))
     opening = turns_of(prompt)
     if opening and is_whole(opening):
-        return _chat(row, prompt, chosen, rejected)  # whole conversations: a string beside them is their question
+        return _chat(row, prompt, chosen, rejected)  # the answers contain the question; a prompt column repeats it
     column = next((name for name in ("prompt", "instruction") if isinstance(row.get(name), str)), None)
     if column is not None:
         return _chat(row, *_parts(row, column, [*history_of(row), *user(_question(row, column))]))
     if not prompt and chosen and rejected and not any(map(is_whole, (chosen, rejected))):
-        raise RowError(f"the messages of 'chosen' and 'rejected' hold answers alone, and no question. {_advice(row)}")
+        raise RowError(f"'chosen' and 'rejected' have messages of an assistant alone, and no question. {_advice(row)}")
     return _chat(row, prompt, chosen, rejected)
 
 
@@ -259,7 +260,7 @@ def _parse_system(row: Row) -> Preference:
 
 
 def _question(row: Row, column: str) -> str:
-    """The text of a prompt's column; Alpaca's `input` stands below its `instruction`."""
+    """The text of a prompt column.  For Alpaca's `instruction`, the text of `input` follows on a new line."""
     given = text_of(row, "input", default="") if column == "instruction" else ""
     return f"{text_of(row, column)}\n{given}" if given.strip() else text_of(row, column)
 
@@ -274,44 +275,46 @@ def _parse_implicit_strings(row: Row) -> Preference:
 
 
 def _check_implicit_prompt(row: Row, shared: str) -> None:
-    """Raises `RowError` where what two strings begin with is no prompt: answers may begin alike by chance."""
+    """Raises `RowError` if the common beginning of two strings is probably no prompt, but a coincidence."""
     if not re.search(r"\w\w", shared):
-        raise RowError(f"there is no 'prompt' column, and 'chosen' and 'rejected' do not begin alike. {_advice(row)}")
-    unused = _unused_texts(row)
-    if unused and count_turns(shared) < 2:  # a question's and an answer's
         raise RowError(
-            f"there is no 'prompt' column, and the words that 'chosen' and 'rejected' share ({shortened(shared)}) may "
-            f"do so by chance, while {' and '.join(map(repr, unused))} would not be read. {_advice(row)} If the prompt "
-            f"is in the answers: dataset.remove_columns({unused!r})"
+            f"there is no 'prompt' column, and 'chosen' and 'rejected' do not begin with the same words. {_advice(row)}"
+        )
+    unused = _unused_texts(row)
+    if unused and count_turns(shared) < 2:  # fewer than two turns: of a question and of an answer
+        raise RowError(
+            f"there is no 'prompt' column, 'chosen' and 'rejected' may begin with the same words by chance "
+            f"({shortened(shared)}), and {' and '.join(map(repr, unused))} would not be read. {_advice(row)} If the "
+            f"prompt is in the answers: dataset.remove_columns({unused!r})"
         )
 
 
 def _unused_texts(row: Row) -> list[str]:
-    """Columns that hold text or messages, and by their names might be a prompt."""
+    """Columns with text or messages whose names do not rule out a prompt."""
     known = {"chosen", "rejected"}
     return [
         str(name)
         for name, value in row.items()
-        if name not in known and not _says_no_prompt(str(name)) and _holds_text(value)
+        if name not in known and not _is_no_prompt(str(name)) and _has_text(value)
     ]
 
 
-def _says_no_prompt(name: str) -> bool:
-    asked = re.search("prompt|question|query|instruction", name, re.IGNORECASE)
-    return asked is None and _NO_PROMPT.search(name) is not None
+def _is_no_prompt(name: str) -> bool:
+    question = re.search("prompt|question|query|instruction", name, re.IGNORECASE)
+    return question is None and _NO_PROMPT.search(name) is not None
 
 
-def _holds_text(value: Any) -> bool:
-    """Whether there is text in a value: a string, or one in a list or a mapping."""
+def _has_text(value: Any) -> bool:
+    """Whether a value is text, or a list or mapping with text in it."""
     if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values()))
+        return any(map(_has_text, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_holds_text, value))
+        return any(map(_has_text, value))
     return isinstance(value, str) and bool(value.strip())
 
 
 def _parts(row: Row, column: str, context: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt and answers of a row whose prompt stands in `column`, where the answers may hold it again."""
+    """Prompt and answers of a row with the prompt in `column`.  The answers may contain it again."""
     return question_and_answers(context, messages_of(row, "chosen"), messages_of(row, "rejected"), column=column)
 
 
@@ -330,13 +333,13 @@ def _chat(
     *,
     plain: Preference | None = None,
 ) -> Preference:
-    """Message lists, with the `system` column before them and what the template is to be given beside them."""
+    """A preference of message lists, with the columns `system`, `tools` and `chat_template_kwargs` of the row."""
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer and not any(message["role"] == "assistant" for message in answer):
             roles = ", ".join(f"message {number} has the role {m['role']!r}" for number, m in enumerate(answer))
             raise RowError(
-                f"the {name} answer has no message of an assistant: {roles}. Roles that are known, an assistant's by "
-                f"several names: {', '.join(ROLES)}, {CALL}"
+                f"the {name} answer has no message of an assistant: {roles}. Known roles (several are names for an "
+                f"assistant): {', '.join(ROLES)}, {CALL}"
             )
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping):
@@ -372,7 +375,7 @@ def _unknown_format(row: Row) -> str:
 
 
 def _advice(row: Row) -> str:
-    """What to do about columns under other names: renames after which the row can be read, or what is missing."""
+    """The remedy for a row that cannot be read: columns to rename, or else the columns that are missing."""
     renames = likely_renames(row)
     if renames and _is_readable({dict(renames).get(name, name): value for name, value in row.items()}):
         calls = "".join(f".rename_column({old!r}, {name!r})" for old, name in renames)
@@ -382,7 +385,7 @@ def _advice(row: Row) -> str:
 
 
 def likely_renames(row: Row) -> list[tuple[str, str]]:
-    """(column, what it seems to be) for each of prompt, chosen and rejected that is missing."""
+    """For each missing column of prompt, chosen and rejected: (the column that is probably meant, the missing name)."""
     found = {name: _renamed(row, name) for name in _OTHER_NAMES}
     if found["prompt"] is None and not _has(row, "prompt") and _conversation_column(row) is None:
         unused = [name for name in _unused_texts(row) if name not in found.values()]
@@ -399,7 +402,7 @@ def _is_readable(row: Row) -> bool:
 
 
 def _renamed(row: Row, column: str) -> str | None:
-    """The column of the row that looks like `column` under another name."""
+    """The column that is probably `column` under another name; None if `column` is there, or none looks like it."""
     if column in row:
         return None
     names = {str(name).lower().strip(): str(name) for name in row if name not in _OTHER_NAMES}

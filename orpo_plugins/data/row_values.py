@@ -1,4 +1,4 @@
-"""Values of a row's columns, read as text and messages; what does not fit is an error that names the column."""
+"""Reads the values of a row's columns as text and messages.  Errors name the column."""
 
 import ast
 import contextlib
@@ -23,14 +23,14 @@ ROLES = {
     "observation": "tool",
     **{name: name for name in ("system", "user", "assistant", "tool")},
 }
-"""The roles of chat templates under the names that datasets give them; any other name is passed on as it is."""
+"""Names of roles in datasets, and the role of chat templates that each stands for.  Other names stay as they are."""
 CALL = "function_call"
-"""ShareGPT's role of an assistant's message that is the JSON of a tool's call, or of several."""
+"""ShareGPT's role for an assistant's message that is the JSON of one or several tool calls."""
 
 CONVERSATIONS = ("conversations", "messages")
-"""Columns that hold a conversation, which may or may not end with an answer."""
+"""Columns with a conversation.  It may end with an answer."""
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-TEXT_ONLY = "Drop such rows, or remove the column where the texts stand by themselves"
+TEXT_ONLY = "Drop such rows, or remove the column if the texts make sense without it"
 
 
 def tool_schemas(value: Any) -> list[Any]:
@@ -41,24 +41,24 @@ def tool_schemas(value: Any) -> list[Any]:
     raise RowError(f"column 'tools' is {kind(value)}, expected a list of JSON schemas, or the JSON text of one")
 
 
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """ShareGPT's calls, as chat templates read them."""
-    calls = _from_json(value, where)
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """ShareGPT's tool calls in the form that chat templates read."""
+    calls = _from_json(value, place)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise RowError(f"{where} is {kind(value)}, expected the JSON of a call: name and arguments")
+        raise RowError(f"{place} is {kind(value)}, expected the JSON of a call: name and arguments")
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _from_json(value: Any, where: str) -> Any:
+def _from_json(value: Any, place: str) -> Any:
     try:
         return json.loads(value)
     except (TypeError, ValueError) as error:
-        raise RowError(f"{where} is {kind(value)}, which is no JSON: {error}") from error
+        raise RowError(f"{place} is {kind(value)}, which is not valid JSON: {error}") from error
 
 
 def without_none(value: Any) -> Any:
-    """Mappings without keys that are None, all the way down: Arrow fills in what other rows have."""
+    """Removes keys with the value None, at every depth.  Arrow adds such keys if other rows have them."""
     if isinstance(value, Mapping):
         return {key: without_none(inner) for key, inner in value.items() if inner is not None}
     return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -78,7 +78,7 @@ def system_text(value: Any) -> str:
 
 
 def history_of(row: Row) -> list[Message]:
-    """The messages of a `history` column: earlier turns as [question, answer] pairs or as messages, or their JSON."""
+    """The messages of a `history` column: earlier turns as [question, answer] pairs or messages, or their JSON."""
     value = row.get("history")
     turns = _from_json(value, "column 'history'") if isinstance(value, str) and value.strip() else value
     if not turns:
@@ -92,7 +92,7 @@ def history_of(row: Row) -> list[Message]:
 
 
 def text_of(row: Row, column: str, default: str | None = None) -> str:
-    """The text of a column; `default` where there is none."""
+    """The text of a column, or `default` if there is none."""
     value = row.get(column)
     if value is None and default is not None:
         return default
@@ -101,20 +101,20 @@ def text_of(row: Row, column: str, default: str | None = None) -> str:
     return _encodable(value, f"column {column!r}")
 
 
-def _encodable(text: str, where: str) -> str:
-    """The text itself; `RowError` where it holds half of a surrogate pair, which no tokenizer takes."""
+def _encodable(text: str, place: str) -> str:
+    """Returns the text.  Raises `RowError` if it contains half of a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"{where} holds {text[error.start]!r} at position {error.start}, half of a surrogate pair: the text was "
+            f"{place} contains {text[error.start]!r} at position {error.start}, half of a surrogate pair: the text was "
             "cut or decoded wrongly. Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from error
     return text
 
 
 def plain_value(value: Any) -> Any:
-    """A value without what numpy and pandas put around it: arrays are lists, and NaN is None."""
+    """Converts values of numpy and pandas: arrays become lists, and NaN becomes None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def plain_value(value: Any) -> Any:
 
 
 def messages_of(row: Row, column: str) -> list[Message]:
-    """The messages of a column; one message, or an answer written as a string, stands for a list of one."""
+    """The messages of a column.  A single message, or an answer that is a string, becomes a list of one."""
     value = row[column]
     if isinstance(value, str) and column in ("chosen", "rejected", "rejected_response"):
         return assistant(value)
@@ -136,28 +136,28 @@ def messages_of(row: Row, column: str) -> list[Message]:
     return [_message(message, f"message {number} of column {column!r}") for number, message in enumerate(value)]
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, place: str) -> Message:
     if not isinstance(message, Mapping):
-        raise RowError(f"{where} is {kind(message)}, expected a mapping with role and content (or from and value)")
-    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
+        raise RowError(f"{place} is {kind(message)}, expected a mapping with role and content (or from and value)")
+    # Arrow adds the keys of other messages with the value None.  Templates test whether a key exists.
     rest = {key: value for key, value in message.items() if value is not None}
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content") if "content" in rest else rest.pop("value", None)
     if not isinstance(role, str):
-        raise RowError(f"{where} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
+        raise RowError(f"{place} has no role: its keys are {', '.join(map(str, message))}; expected role or from")
     if role == CALL:
-        rest["tool_calls"], content = _calls(content, where), ""
-    if calls := rest.pop("tool_calls", None):  # no calls are no key: templates ask whether it is there
-        calls = _from_json(calls, f"tool_calls of {where}") if isinstance(calls, str) else calls
+        rest["tool_calls"], content = _calls(content, place), ""
+    if calls := rest.pop("tool_calls", None):  # an empty list is left out: templates test whether the key exists
+        calls = _from_json(calls, f"tool_calls of {place}") if isinstance(calls, str) else calls
         rest["tool_calls"], content = without_none(calls), content or ""
     if isinstance(content, list | tuple):
         kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
         if other := next((kind for kind in kinds if kind != "text"), None):
-            raise RowError(f"{where} holds a part of type {other!r}, but only text can be trained on. {TEXT_ONLY}")
+            raise RowError(f"{place} has a part of type {other!r}, but only text can be trained on. {TEXT_ONLY}")
     if not isinstance(content, str | list | tuple):
-        raise RowError(f"{where} has {kind(content)} as its content, expected a string: keys {', '.join(message)}")
+        raise RowError(f"{place} has {kind(content)} as its content, expected a string: keys {', '.join(message)}")
     for part in [content] if isinstance(content, str) else content:
-        _encodable(str(part.get("text", "")) if isinstance(part, Mapping) else str(part), where)
+        _encodable(str(part.get("text", "")) if isinstance(part, Mapping) else str(part), place)
     known = ROLES.get(role.strip().lower(), role)
     return {"role": "assistant" if role == CALL else known, "content": content, **rest}
 
@@ -167,8 +167,8 @@ def _remedy(column: str, value: Any) -> str:
         more = ", or train such rows with the NLL alone (sft_rows=True)" if column == "rejected" else ""
         return f"Fill it in, or filter the row out{more}"
     if isinstance(value, list | tuple | Mapping):
-        return "Message lists belong into the columns prompt, chosen and rejected"
-    # Not with map, which would keep the column's type.
+        return "Message lists belong in the columns prompt, chosen and rejected"
+    # cast_column, because map would keep the type of the column.
     cast = f"dataset.cast_column({column!r}, datasets.Value('string'))"
     return f"Make it a string ({cast}, or str(...) where rows are dicts), or filter the row out"
 
@@ -182,16 +182,17 @@ def assistant(content: str) -> list[Message]:
 
 
 def kind(value: Any) -> str:
-    """A value in words: None, or its type and how it begins."""
+    """A value in an error message: None, or its type and its beginning."""
     return "None" if value is None else f"{type(value).__name__} {shortened(value)}"
 
 
 def shortened(value: Any) -> str:
+    """A value in an error message, at most 60 characters long."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-# ---- message lists that were written as text
+# ---- message lists written as text
 
 _TEXT_COLUMNS = ("instruction", "query", "system")
 _LIST_COLUMNS = ("prompt", "chosen", "rejected", "rejected_messages", "rejected_response", *CONVERSATIONS)
@@ -199,11 +200,11 @@ _LIST_AS_TEXT = re.compile(
     r"""[\s\ufeff"]*(array\(|OrderedDict\()?[\[({].{0,300}?\\?['"](role|from)\\?['"]\s*[:,]\s*\\?['"]\w+\\?['"]""",
     re.DOTALL,
 )
-"""A list of messages as JSON, as Python prints it, or as numpy and pandas do, with a role near its beginning."""
+"""The beginning of a list of messages, written as JSON or printed by Python, numpy or pandas."""
 
 
 def message_lists_in_texts(row: Row) -> dict[str, Any]:
-    """The columns that hold the JSON, or Python's own text, of messages, with what they stand for (CSV exports)."""
+    """The columns that contain messages as JSON or as printed by Python (in CSV exports, say), with the messages."""
     columns = (*_LIST_COLUMNS, *_TEXT_COLUMNS)
     texts = {column: row[column] for column in columns if isinstance(row.get(column), str)}
     found = {column: _messages_in(text, column) for column, text in texts.items() if _LIST_AS_TEXT.match(text)}
@@ -211,7 +212,7 @@ def message_lists_in_texts(row: Row) -> dict[str, Any]:
 
 
 def _messages_in(text: str, column: str) -> Any:
-    """The messages that a text stands for; None where it is a text after all, an answer in JSON for one."""
+    """The messages that a text contains; None if it is ordinary text, for example an answer in JSON."""
     value: Any = text.strip().lstrip("\ufeff")
     for read in (json.loads, json.loads, ast.literal_eval):  # twice: JSON in a string of JSON
         if isinstance(value, str):
@@ -223,7 +224,7 @@ def _messages_in(text: str, column: str) -> Any:
     if isinstance(messages, str):
         raise RowError(
             f"column {column!r} is the text of a list of messages ({shortened(text)}), but neither JSON nor a Python "
-            "list, as where numpy or pandas has printed it. Write the lists as JSON where the file is made"
+            "list. Perhaps numpy or pandas has printed it. Write the lists as JSON when you make the file"
         )
     if not isinstance(messages, list | tuple) or not messages or not all(map(looks_like_a_message, messages)):
         return None
@@ -233,7 +234,7 @@ def _messages_in(text: str, column: str) -> Any:
 
 
 def looks_like_a_message(value: Any) -> bool:
-    """Whether a value has a role and something said."""
+    """Whether a value is a mapping with a role and a content."""
     if not isinstance(value, Mapping):
         return False
     return bool({"role", "from"} & value.keys()) and bool({"content", "value", "tool_calls"} & value.keys())

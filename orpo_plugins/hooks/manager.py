@@ -58,8 +58,8 @@ class PluginManager(pluggy.PluginManager):
     def way_out(self, name: str) -> str:
         """How to go on without a plugin, as the end of an error's message."""
         if name in self.distributions:
-            return f"Mend the plugin, or keep it out with {BLOCK}={name}"
-        return "Mend the plugin, or leave out the call of register() that brings it in"
+            return f"Fix the plugin, or keep it out with {BLOCK}={name}"
+        return "Fix the plugin, or leave out the call of register() that brings it in"
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def offered(hook: str) -> tuple[Any, ...]:
     A hook is called again only after plugins have been registered or unregistered.
 
     Raises:
-        PluginError: a hook raises, returns something else than a list of its parts, or two parts have one name.
+        PluginError: a hook raises, does not return a list of its parts, or two parts have one name.
     """
     implementations = getattr(get_plugin_manager().hook, hook).get_hookimpls()
     return _collected(hook, tuple(reversed(implementations)))
@@ -85,7 +85,7 @@ def _of_third_party(implementation: HookImpl, hook: str) -> list[Any]:
     manager, kind = get_plugin_manager(), _PARTS[hook][0]
     where = f"plugin {manager.label(implementation.plugin_name)}, hook {hook}"
     way_out = manager.way_out(implementation.plugin_name)
-    parts = _reporting(implementation.function, (list, tuple), where, way_out)()
+    parts = _reporting(implementation.function, (list, tuple), where, way_out, passed_on=(PluginError,))()
     for part in parts:
         if not isinstance(part, kind):
             raise PluginError(f"{where} returned a list with {_described(part)}, not {kind.__name__}. {way_out}")
@@ -126,12 +126,21 @@ def _one_number_per_pair(compute: Callable[[PairLogps], Tensor]) -> Callable[[Pa
     return checked
 
 
-def _reporting(function: Callable[..., Any], returns: Returns, place: str, way_out: str) -> Callable[..., Any]:
+def _reporting(
+    function: Callable[..., Any],
+    returns: Returns,
+    place: str,
+    way_out: str,
+    *,
+    passed_on: tuple[type[Exception], ...] = _PASSED_ON,
+) -> Callable[..., Any]:
+    """The function with a `PluginError` for what it raises, except `passed_on`, and for a wrong return value."""
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             result = function(*args, **kwargs)
-        except _PASSED_ON:
+        except passed_on:
             raise
         except Exception as error:
             raise PluginError(f"{place} raised {type(error).__name__}: {error}. {way_out}") from error

@@ -52,14 +52,6 @@ def layout(name: str) -> Layout:
     return _by_name("layout", name, layouts(), also=("auto",))
 
 
-def best_layout(name: str, model: torch.nn.Module) -> tuple[Layout, dict[str, str]]:
-    """The layout to use for `model`, and why each preferred one was passed over (by name).
-
-    Raises `ConfigError` where a layout asked for by name cannot be used.
-    """
-    return _first_supported("layout", name, layouts(), model, where="here")
-
-
 def kernels() -> Sequence[Kernel]:
     """All head kernels."""
     return offered("orpo_kernels")
@@ -76,7 +68,7 @@ def kernel(name: str, hidden: Tensor, weight: Tensor) -> Kernel:
     Raises `ConfigError` for an unknown name, a kernel that does not support them, and where none does.
     """
     where = f"for {str(hidden.dtype).removeprefix('torch.')} on {hidden.device.type}"
-    return _first_supported("kernel", name, kernels(), hidden, weight, where=where)[0]
+    return first_supported("kernel", name, kernels(), hidden, weight, where=where)[0]
 
 
 def stand_ins(
@@ -87,7 +79,7 @@ def stand_ins(
     return number.expand(1, width), number.expand(vocabulary, width)
 
 
-def _first_supported(
+def first_supported(
     kind: str, name: str, known: Sequence[SupportedT], *asked: Any, where: str
 ) -> tuple[SupportedT, dict[str, str]]:
     """The one of that name, or for "auto" the first by priority, and why others were passed over, by their names."""

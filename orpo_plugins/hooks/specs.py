@@ -22,25 +22,25 @@ hookimpl = pluggy.HookimplMarker("orpo_plugins")
 
 
 @hookspec
-def orpo_row_formats() -> Sequence[RowFormat]:  # type: ignore[empty-body]  # a specification has no body
+def orpo_row_formats() -> Sequence[RowFormat]:
     """Ways to read a row; the first format that matches reads it, and plugins registered later are asked first."""
 
 
 @hookspec
-def orpo_layouts() -> Sequence[Layout]:  # type: ignore[empty-body]
+def orpo_layouts() -> Sequence[Layout]:
     """Ways to lay out pairs, for `layout=<name>`; "auto" takes the first by priority that supports the model."""
 
 
 @hookspec
-def orpo_kernels() -> Sequence[Kernel]:  # type: ignore[empty-body]
+def orpo_kernels() -> Sequence[Kernel]:
     """Ways to compute the head, for `kernel=<name>`; "auto" takes the first by priority that supports the tensors."""
 
 
 @hookspec
-def orpo_loss_terms() -> Sequence[LossTerm]:  # type: ignore[empty-body]
+def orpo_loss_terms() -> Sequence[LossTerm]:
     """Losses per pair, which `loss_terms={name: weight}` adds to the objective; none is added unless it is named."""
 
 
 @hookspec
-def orpo_metrics() -> Sequence[Metric]:  # type: ignore[empty-body]
+def orpo_metrics() -> Sequence[Metric]:
     """Values per pair, whose means are logged beside the built-in metrics, in training and in evaluation."""

@@ -1,21 +1,31 @@
-"""Which pairs go into a batch together: by tokens as well as by number, and pairs of a length together.
+"""A batch sampler that limits the tokens of a batch, and can put pairs of similar length together.
 
     batches = PairBatches(lengths, pairs_per_batch=8, max_tokens_per_batch=8192, group_by_length=True, seed=0)
     for epoch in range(3):
         batches.set_epoch(epoch)
-        for rows in batches: ...
+        for rows in batches: ...                  # the dataset rows of one batch
 
-Every order is a function of (seed, epoch) alone, so a run that resumes by skipping the batches it has seen goes on
-exactly where it stopped, and each of several ranks knows its own share without asking the others.
+How the batches of an epoch are made:
 
-`step_strategy` says what an optimizer step (`gradient_accumulation_steps` batches on each rank) is made of:
+1. Shuffle all rows.  With `group_by_length`, sort the rows by length inside windows of the shuffled order.
+2. Split them into batches.  `step_strategy` decides how:
+   "pairs"   a) Cut the order into optimizer steps of `pairs_per_batch * gradient_accumulation_steps * ranks` pairs.
+             b) Split each step into `gradient_accumulation_steps * ranks` batches.  With `max_tokens_per_batch`, all of
+                them get about the same number of tokens.
+   "tokens"  Fill one batch after the other up to `max_tokens_per_batch`.  The number of pairs in a step varies.
+3. With `group_by_length`, shuffle the steps ("pairs") or the batches ("tokens"), so lengths do not follow an order.
+4. Batch number i goes to rank i % ranks.  A round is one batch for each rank:
 
-* "pairs": of exactly `pairs_per_batch * gradient_accumulation_steps * ranks` pairs, those of plain batches in the same
-  order.  Only the cuts between its batches move: `max_tokens_per_batch` makes them as even in tokens as possible, over
-  all ranks.  With `nll_normalization="batch"` the gradient is the same wherever the cuts lie.
-* "tokens": every batch takes as many pairs as `max_tokens_per_batch` has room for; the pairs of a step vary.
+       round    0       1       2
+       rank 0   batch 0 batch 2 batch 4
+       rank 1   batch 1 batch 3 batch 5
 
-Without grouping, the order of the pairs is that of a Trainer under Accelerate with the same seed.
+By "pairs" a step has the same pairs as without a token limit; only their split into batches differs.  With
+`nll_normalization="batch"` the gradient does not depend on that split.
+
+The order is a function of (seed, epoch) alone.  So a resumed run that skips the batches it has seen goes on exactly
+where it stopped, and each rank knows its own batches without communication.  Without grouping, the order of the pairs
+is that of a Trainer under Accelerate with the same seed.
 """
 
 import heapq
@@ -29,33 +39,32 @@ from orpo_plugins.errors import ConfigError
 from orpo_plugins.options import check_batch_options
 
 WINDOW = 50
-"""Batches whose pairs are sorted among each other: large enough to find equals, small enough to stay random."""
+"""Batches per window of `group_by_length`: enough to find pairs of the same length, few enough to stay random."""
 
 OPEN = 8
-"""Batches that may still get a pair while they are filled up to a limit."""
+"""Batches that are filled at the same time by `step_strategy="tokens"`."""
 
 
 class PairBatches(Sampler[list[int]]):
     """A batch sampler over pairs.
 
     Args:
-        lengths: tokens of each pair (`data.lengths.token_costs`), or with `padded` the length of its longer sequence; a
-            tuple where several tables are padded (an encoder's and a decoder's).
-        pairs_per_batch: pairs in a batch, with `max_tokens_per_batch` on average; unused by "tokens".
-        max_tokens_per_batch: at most so many tokens in a batch.
+        lengths: tokens of each pair (`data.lengths.token_costs`); with `padded`, the length of its longer sequence.
+            A tuple if several tables are padded: one for the encoder and one for the decoder.
+        pairs_per_batch: pairs in a batch; with `max_tokens_per_batch`, their average number; unused by "tokens".
+        max_tokens_per_batch: the most tokens in a batch; None: no limit.
         step_strategy: "pairs" or "tokens"; see the module's docstring.
         gradient_accumulation_steps: batches of a rank per optimizer step.
-        group_by_length: whether pairs of similar length go together, within windows of `WINDOW` batches or, where that
-            is more, of one optimizer step; windows are at most a quarter of the pairs.
-        padded: whether a batch of n pairs costs 2 * n * (its longest) instead of the sum (`Layout.pads`).
-        shuffle: a new order each epoch; False keeps the dataset's.
-        drop_last: leaves out the pairs that fill no whole batch on every rank.  "tokens" leaves out none.
-        seed: of all orders.
-        ranks, rank: how many processes share the batches out, and which of them this is.
+        group_by_length: whether a batch gets pairs of similar length.  They come from windows of `WINDOW` batches, or
+            of one optimizer step if that is more.  A window holds at most a quarter of the pairs.
+        padded: whether a batch of n pairs costs 2 * n * (its longest sequence) and not the sum (`Layout.pads`).
+        shuffle: a new order each epoch; False keeps the order of the dataset.
+        drop_last: leaves out the last pairs if they do not fill a batch on every rank.  "tokens" leaves out none.
+        seed: seed of all orders.
+        ranks, rank: the number of processes that share the batches, and the number of this one.
 
-    Each rank gets the same number of batches in every epoch: `len(self)`, by "tokens" in those that `plan` was told of.
-    All pairs are seen once per epoch, but for fewer pairs at its end than there are ranks: then some from its beginning
-    are repeated.
+    Each rank gets `len(self)` batches in every epoch; by "tokens", in every epoch that `plan` has counted.
+    An epoch has every pair once.  Only if the last pairs are fewer than the ranks, some pairs occur a second time.
 
     Raises:
         ConfigError: a single pair is longer than `max_tokens_per_batch`, or an option is unknown or out of range.
@@ -102,23 +111,24 @@ class PairBatches(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "PairBatches":
-        """Itself: where Accelerate looks for `set_epoch` while it skips the batches of a resumed run."""
+        """Itself.  Accelerate calls `set_epoch` here while it skips the batches of a resumed run."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of the next iteration."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def plan(self, epochs: int) -> None:
-        """Goes through the orders of the first `epochs` epochs beforehand, as far as anything depends on them.
+        """Checks the first `epochs` epochs before training.
 
-        By tokens, epochs differ in how many batches they need; all of them get as many as the one that needs most.
+        By "pairs", checks that the pairs of every step fit into its batches.  By "tokens", counts the batches of every
+        epoch; then all epochs get as many batches as the one that needs most.
 
         Raises:
             ConfigError: the pairs of some step do not fit into its batches.
         """
         if self.by_tokens:
-            most = max(len(self._as_fits(epoch)) for epoch in range(epochs))
+            most = max(len(self._batches_by_tokens(epoch)) for epoch in range(epochs))
             self._rounds = max(self._rounds, math.ceil(most / self.ranks))
         elif self.max_tokens is not None and not self._any_step_fits():
             for epoch in range(epochs):
@@ -137,38 +147,38 @@ class PairBatches(Sampler[list[int]]):
         return steps * self.accumulation + self._rounds_of(rest)
 
     def cost(self, rows: Sequence[int]) -> int:
-        """Tokens of a batch of these rows."""
+        """Tokens of a batch of these rows, padding included."""
         if not self.padded:
             return sum(self.lengths[row] for row in rows)
         widest: int = sum(map(max, zip(*(self.widths[row] for row in rows), strict=True)))
         return 2 * len(rows) * widest
 
-    # ---- the batches of all ranks, which take them in turns
+    # ---- the batches of all ranks
 
     def _batches(self, epoch: int) -> Iterator[list[int]]:
         if self.by_tokens:
-            batches = self._as_fits(epoch)
-            rounds = max(len(self), math.ceil(len(batches) / self.ranks))  # more than len where `plan` was not told
-            batches = self._filled(batches, rounds * self.ranks)
-            yield from batches if self.shuffle else sorted(batches)  # halves go back to their places
+            batches = self._batches_by_tokens(epoch)
+            rounds = max(len(self), math.ceil(len(batches) / self.ranks))  # more than len(self) in an unplanned epoch
+            batches = self._split_until(batches, rounds * self.ranks)
+            yield from batches if self.shuffle else sorted(batches)  # sorted: the order of the dataset
             return
         for rows in self._steps(epoch):
             rounds = self._rounds_of(len(rows))
             if rounds:
-                yield from self._cut(rows, rounds * self.ranks)
+                yield from self._split_step(rows, rounds * self.ranks)
 
     @property
     def _pairs_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.ranks
 
     def _rounds_of(self, pairs: int) -> int:
-        """How many batches of a rank so many pairs of one step make."""
-        whole, rest = divmod(pairs, self.batch_size * self.ranks)
-        return whole + (rest > 0 and not self.drop_last)
+        """The rounds that are needed for this many pairs of one step."""
+        full, rest = divmod(pairs, self.batch_size * self.ranks)
+        return full + (rest > 0 and not self.drop_last)
 
     def _order(self, epoch: int, window: int) -> tuple[list[int], torch.Generator]:
-        """All rows, and the generator for what else is random."""
-        # Seeded as Accelerate's SeedableRandomSampler is, which draws the same permutation.
+        """All rows in the order of the epoch, and the random generator for later shuffles."""
+        # The same seed as in Accelerate's SeedableRandomSampler, so the permutation is the same.
         generator = torch.Generator().manual_seed(self.seed + epoch)
         count = len(self.lengths)
         order = torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
@@ -178,7 +188,7 @@ class PairBatches(Sampler[list[int]]):
         return order, generator
 
     def _window(self, batches: int, pairs_per_batch: int) -> int:
-        """Pairs that are sorted among each other: a multiple of those of `batches` batches."""
+        """Pairs per window: a multiple of the pairs of `batches` batches."""
         unit = batches * pairs_per_batch
         return max(1, min(WINDOW * pairs_per_batch, len(self.lengths) // 4) // unit) * unit
 
@@ -202,66 +212,71 @@ class PairBatches(Sampler[list[int]]):
             missing = self._rounds_of(len(last)) * self.ranks - len(last)
             yield [*last, *(order[index % len(order)] for index in range(missing))]
 
-    def _cut(self, rows: list[int], count: int) -> list[list[int]]:
-        """One step in `count` batches, heavy ones first, so that those of a round are alike."""
+    def _split_step(self, rows: list[int], count: int) -> list[list[int]]:
+        """The pairs of one step in `count` batches.  The largest come first, so batches of one round are alike."""
         if self.max_tokens is None:
             ordered = self._longest_first(rows) if self.group_by_length else rows
             size = self.batch_size
-            return self._filled([ordered[start : start + size] for start in range(0, len(rows), size)], count)
-        batches = self._even_padded(rows, count) if self.padded else self._even(rows, count)
+            return self._split_until([ordered[start : start + size] for start in range(0, len(rows), size)], count)
+        batches = self._balance_padded(rows, count) if self.padded else self._balance(rows, count)
         batches.sort(key=self.cost, reverse=True)
         if self.cost(batches[0]) > self.max_tokens:
             raise ConfigError(
-                f"the {len(rows)} pairs of one step take {sum(self.cost([row]) for row in rows)} tokens, which "
-                f"{count} batches of at most max_tokens_per_batch={self.max_tokens} cannot hold (the fullest would "
-                f"have {self.cost(batches[0])}): raise gradient_accumulation_steps and lower the batch size as much, "
-                "raise max_tokens_per_batch, or set step_strategy='tokens'"
+                f"the {len(rows)} pairs of one step take {sum(self.cost([row]) for row in rows)} tokens. They do not "
+                f"fit into {count} batches of at most max_tokens_per_batch={self.max_tokens}: the largest batch would "
+                f"have {self.cost(batches[0])} tokens. Raise gradient_accumulation_steps and lower the batch size by "
+                "the same factor, raise max_tokens_per_batch, or set step_strategy='tokens'"
             )
         return batches
 
-    def _even(self, rows: list[int], count: int) -> list[list[int]]:
-        """Longest pair first, each into the lightest batch so far."""
+    def _balance(self, rows: list[int], count: int) -> list[list[int]]:
+        """Batches with about the same number of tokens: longest pair first, each into the smallest batch so far."""
         batches: list[list[int]] = [[] for _ in range(count)]
-        lightest = [(0, index) for index in range(count)]
+        smallest = [(0, index) for index in range(count)]  # a heap of (tokens, batch)
         for row in self._longest_first(rows):
-            tokens, index = lightest[0]
+            tokens, index = smallest[0]
             batches[index].append(row)
-            heapq.heapreplace(lightest, (tokens + self.lengths[row], index))
+            heapq.heapreplace(smallest, (tokens + self.lengths[row], index))
         return batches
 
-    def _even_padded(self, rows: list[int], count: int) -> list[list[int]]:
-        """Neighbours in the order of lengths, cut so that the heaviest batch is as light as such cuts allow."""
+    def _balance_padded(self, rows: list[int], count: int) -> list[list[int]]:
+        """Batches of neighbours in the order of lengths, with the smallest token limit that `count` batches can keep.
+
+        Bisection finds that limit.
+        """
         ordered = self._longest_first(rows)
         low, high = max(self.cost([row]) for row in rows), self.cost(rows)
         while low < high:
             middle = (low + high) // 2
-            if len(self._greedy(ordered, middle)) <= count:
+            if len(self._next_fit(ordered, middle)) <= count:
                 high = middle
             else:
                 low = middle + 1
-        return self._filled(self._greedy(ordered, low), count)
+        return self._split_until(self._next_fit(ordered, low), count)
 
     def _any_step_fits(self) -> bool:
-        """Whether the longest pairs fit even if they meet: `_even` is over the mean by less than one pair."""
+        """Whether even a step of the longest pairs fits.  `_balance` exceeds the mean by less than one pair."""
         longest = heapq.nlargest(self.batch_size * self.ranks, self.lengths)
         return not self.padded and sum(longest) / self.ranks + longest[0] <= (self.max_tokens or 0)
 
     # ---- by tokens
 
-    def _as_fits(self, epoch: int) -> list[list[int]]:
-        """All rows in batches as full as they get."""
-        room = self.max_tokens or 0
-        average = sum(map(self._alone, range(len(self.lengths)))) / len(self.lengths)
-        order, generator = self._order(epoch, self._window(1, max(1, int(room / average))))
-        batches = self._best_fit(order, room) if self.shuffle and not self.padded else self._greedy(order, room)
+    def _batches_by_tokens(self, epoch: int) -> list[list[int]]:
+        limit = self.max_tokens or 0
+        average = sum(map(self._cost_alone, range(len(self.lengths)))) / len(self.lengths)
+        order, generator = self._order(epoch, self._window(1, max(1, int(limit / average))))
+        batches = self._best_fit(order, limit) if self.shuffle and not self.padded else self._next_fit(order, limit)
         return _shuffled(batches, generator) if self.group_by_length and self.shuffle else batches
 
-    def _best_fit(self, order: list[int], room: int) -> list[list[int]]:
-        """Each pair into the fullest of the last `OPEN` batches that has room for it: a tenth fewer than `_greedy`."""
+    def _best_fit(self, order: list[int], limit: int) -> list[list[int]]:
+        """Bin packing: each pair goes into the fullest of `OPEN` batches that can still take it.
+
+        This makes about a tenth fewer batches than `_next_fit`.
+        """
         batches: list[list[int]] = []
-        unfinished: list[tuple[int, int]] = []
+        unfinished: list[tuple[int, int]] = []  # (tokens, batch)
         for row in order:
-            fitting = [batch for batch in unfinished if batch[0] + self.lengths[row] <= room]
+            fitting = [batch for batch in unfinished if batch[0] + self.lengths[row] <= limit]
             if fitting:
                 tokens, index = max(fitting)
                 unfinished.remove((tokens, index))
@@ -274,8 +289,8 @@ class PairBatches(Sampler[list[int]]):
                 unfinished.remove(max(unfinished))
         return batches
 
-    def _greedy(self, order: list[int], room: int) -> list[list[int]]:
-        """Cuts before the pair that would not fit."""
+    def _next_fit(self, order: list[int], limit: int) -> list[list[int]]:
+        """Bin packing that keeps the order: the first pair that does not fit begins the next batch."""
         batches: list[list[int]] = []
         widths: tuple[int, ...] = ()
         tokens = 0
@@ -285,38 +300,38 @@ class PairBatches(Sampler[list[int]]):
                 tokens = 2 * (len(batches[-1]) + 1) * sum(widths)
             else:
                 tokens += self.lengths[row]
-            if not batches or tokens > room:
+            if not batches or tokens > limit:
                 batches.append([row])
-                widths, tokens = self.widths[row], self._alone(row)
+                widths, tokens = self.widths[row], self._cost_alone(row)
             else:
                 batches[-1].append(row)
         return batches
 
-    def _filled(self, batches: list[list[int]], count: int) -> list[list[int]]:
-        """`count` batches: the heaviest are halved until there are enough, and the first are repeated if need be."""
+    def _split_until(self, batches: list[list[int]], count: int) -> list[list[int]]:
+        """Halves the largest batch until there are `count`.  If all have one pair by then, repeats the first ones."""
         batches = list(batches)
-        heaviest = [(-self.cost(batch), index) for index, batch in enumerate(batches) if len(batch) > 1]
-        heapq.heapify(heaviest)
-        while heaviest and len(batches) < count:
-            _, index = heapq.heappop(heaviest)
+        largest = [(-self.cost(batch), index) for index, batch in enumerate(batches) if len(batch) > 1]
+        heapq.heapify(largest)
+        while largest and len(batches) < count:
+            _, index = heapq.heappop(largest)
             half = len(batches[index]) // 2
             batches.append(batches[index][half:])
             batches[index] = batches[index][:half]
             for part in (index, len(batches) - 1):
                 if len(batches[part]) > 1:
-                    heapq.heappush(heaviest, (-self.cost(batches[part]), part))
+                    heapq.heappush(largest, (-self.cost(batches[part]), part))
         return [*batches, *(batches[index % len(batches)] for index in range(count - len(batches)))]
 
-    def _alone(self, row: int) -> int:
+    def _cost_alone(self, row: int) -> int:
         return 2 * self.lengths[row] if self.padded else self.lengths[row]
 
     def _check_longest(self) -> None:
         if self.max_tokens is None:
             return
         for row in range(len(self.lengths)):
-            if self._alone(row) > self.max_tokens:
+            if self._cost_alone(row) > self.max_tokens:
                 raise ConfigError(
-                    f"row {row} of those kept takes {self._alone(row)} tokens by itself, more than "
+                    f"row {row} of the prepared dataset takes {self._cost_alone(row)} tokens by itself, more than "
                     f"max_tokens_per_batch={self.max_tokens}: lower max_length, leave the row out, or raise the limit"
                 )
 

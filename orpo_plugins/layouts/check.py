@@ -1,8 +1,21 @@
-"""The self-check of a layout: one batch through it and through *padded*, before a run trusts it.
+"""The self-check of a layout: it must give the same results as *padded* on a first batch.
 
-report = check_layout(model, pairs, layout, pad_token_id=0)
-if not report.passed:
-    raise ModelError(report.message())        # or fall back to padded, where the user asked for "auto"
+    report = check_layout(model, pairs, layout, pad_token_id=0)
+    if not report.passed:
+        raise ModelError(report.message())        # or use padded, if the user asked for "auto"
+
+1. Run the model on the same pairs in both layouts, without gradient and dropout.
+2. Compare the last hidden states of every token, and the loss.  If they agree, the layout has passed.
+3. If not, find out whether a layer is wrong or whether rounding errors have grown from layer to layer.  Record the
+   input of each layer under *padded*.  Then run the other layout, compare each layer's input with the recorded one, and
+   replace it by the recorded one:
+
+       padded   embeddings ── layer 0 ── layer 1 ── head
+                           x0         x1         x2          recorded
+       layout   embeddings ── layer 0 ── layer 1 ── head
+                           y0         y1         y2          y1 is compared with x1, then x1 goes on into layer 1
+
+   A right layer now differs by its own rounding alone.  The first layer that differs by more is the wrong one.
 """
 
 import math
@@ -24,41 +37,40 @@ from orpo_plugins.models.head import evaluating, head_options, output_head, text
 from orpo_plugins.targets import targets_of
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-"""By the coarsest dtype of a computation: what a row may differ by, relative to its length.
+"""How much hidden states may differ, relative to their norm, by the lowest precision in the model.
 
-About ten times what right layouts show, since other kernels and shapes add up in another order.
+About ten times the differences of right layouts, because other kernels and shapes add numbers in another order.
 """
 LOW_PRECISION_TOLERANCE = 1e-3
-"""Tolerances above are those of 16 bits and fewer."""
+"""Larger tolerances are those of dtypes with 16 bits or fewer."""
 LAYER_SHARE = 0.25
-"""What one layer may differ by, as a part of the tolerance for all of them.
+"""How much one layer may differ, as a share of the tolerance of the whole model.
 
-Measured in bf16 on random models of up to 24 layers, as parts of that tolerance: right layers differ by at most 0.11,
-wrong ones by 3.6 and more.
+Measured in bf16 on random models of up to 24 layers: right layers differ by at most 0.11 of that tolerance, wrong
+layers by at least 3.6 times as much as it.
 """
 _QUANTILE = 0.9
-"""A router near a tie may send a few rows to other experts in low precision, and those rows differ in earnest."""
+"""In low precision, a router near a tie may send a few tokens to other experts.  These differ in right layouts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutReport:
-    """How far a layout is from *padded* on one batch."""
+    """How much a layout differs from *padded* on one batch."""
 
     layout: str
     dtype: torch.dtype
-    """The coarsest of hidden states, weights and autocast."""
+    """The lowest precision among hidden states, weights and autocast."""
     row_difference: float
-    """|difference| / |row| of the last hidden states: nine rows in ten are below, and those where some pair's rejected
-    answer begins."""
+    """Relative difference of the last hidden states (see the function `row_difference`)."""
     loss_difference: float
-    """Absolute."""
+    """Absolute difference of the loss."""
     tolerance: float
-    """For all differences."""
+    """Limit of both differences."""
     layer_difference: float | None = None
-    """The same for each layer by itself, given the inputs that it has under *padded*, and for the loss of the last
-    one's outputs; the largest.  None where the two differences above are within the tolerance on all ranks."""
+    """The largest difference of a single layer that gets its inputs from *padded*, the loss included.  None if the two
+    differences above are within the tolerance on all ranks."""
     first_layer: str | None = None
-    """The first layer that differs by itself, with its kind; None where none does."""
+    """Name and class of the first layer that differs by itself; None if no layer does."""
 
     @property
     def passed(self) -> bool:
@@ -71,28 +83,30 @@ class LayoutReport:
 
     @property
     def _agrees_by_layers(self) -> bool:
-        """In 16 bits a chain of right layers may end anywhere: routers send rows near a tie to other experts."""
+        """For 16 bits only: rounding may change the experts of some tokens, and then later layers differ a lot."""
         if self.layer_difference is None or not math.isfinite(self.row_difference + self.loss_difference):
             return False
         return self.tolerance > LOW_PRECISION_TOLERANCE and self.layer_difference <= LAYER_SHARE * self.tolerance
 
     def message(self) -> str:
-        """The finding and the remedy, for the log or an error."""
+        """The result and what to do about it, for the log or an error."""
         verdict = "agrees with" if self.passed else "differs from"
         text = (
-            f"layout {self.layout!r} {verdict} 'padded' on the first batch: hidden states by {self.row_difference:.1e} "
-            f"relative, the loss by {self.loss_difference:.1e} ({self.dtype}, tolerance {self.tolerance:.0e})"
+            f"layout {self.layout!r} {verdict} 'padded' on the first batch: the hidden states differ by "
+            f"{self.row_difference:.1e} (relative), the loss by {self.loss_difference:.1e} ({self.dtype}, tolerance "
+            f"{self.tolerance:.0e})"
         )
         if self._agrees:
             return text
         if self.passed:
             return (
-                f"{text}. More than the tolerance is the rounding of {self.dtype} here, which grows from layer to "
-                f"layer: with the inputs of 'padded', no layer differs by more than {self.layer_difference:.1e} "
-                f"(tolerance {LAYER_SHARE * self.tolerance:.0e})"
+                f"{text}. These differences are rounding errors of {self.dtype} that grow from layer to layer: with "
+                f"the inputs of 'padded', no layer differs by more than {self.layer_difference:.1e} (tolerance "
+                f"{LAYER_SHARE * self.tolerance:.0e})"
             )
-        where = "no single layer" if self.first_layer is None else self.first_layer
-        return f"{text}. It first shows in {where}. Use layout='padded' for this model, and please report it"
+        first = self.first_layer
+        cause = "No layer differs by itself" if first is None else f"The first layer that differs by itself is {first}"
+        return f"{text}. {cause}. Use layout='padded' for this model, and please report it"
 
 
 def check_layout(
@@ -105,18 +119,15 @@ def check_layout(
     kernel: str = "auto",
     on_any_rank: Callable[[bool], bool] = bool,
 ) -> LayoutReport:
-    """Compares `layout` with *padded* on `pairs`, without gradient and dropout; two forward passes.
-
-    Two more follow where they differ, with the inputs of each layer under *padded* put into the same layer under
-    `layout`: so rounding does not add up from layer to layer, and the layer at fault is the first that differs.
+    """Compares `layout` with *padded* on `pairs`: two forward passes, and two more if the results differ.
 
     Args:
-        model: may be wrapped; the layout must have been prepared for it.
-        pairs: few and short ones do; with a rejected answer, since layouts treat it differently.
+        model: may be wrapped.  `layout.prepare(model)` must have been called.
+        pairs: a few short ones are enough.  At least one needs a rejected answer, which layouts treat differently.
         layout: `plugins.layout(name)`.
-        pad_token_id, nll_over, kernel: as in training; run it under the same autocast too.
-        on_any_rank: on several ranks call this function on all of them, and tell with this one, a collective, whether
-            a value is true on any.  A sharded model needs the same passes everywhere.
+        pad_token_id, nll_over, kernel: as in training.  Call this function under the autocast of training, too.
+        on_any_rank: for several ranks, a collective that tells whether a value is true on any rank.  All ranks must
+            call `check_layout`, because a sharded model needs the same forward passes everywhere.
     """
     layouts = (plugins.layout(plugins.REFERENCE_LAYOUT), layout)
 
@@ -124,29 +135,32 @@ def check_layout(
         device = next(model.parameters()).device
         return [_to(one.collate(pairs, pad_token_id=pad_token_id, nll_over=nll_over), device) for one in layouts]
 
-    batches, wholes = collated(pairs), collated([_all_answer(pair) for pair in pairs])
-    beginnings = _beginnings(pairs)
-    if not all(torch.equal(one["input_ids"], whole["input_ids"]) for one, whole in zip(batches, wholes, strict=True)):
-        wholes, beginnings = batches, []  # a plugin's layout that goes by the labels: what predicts something, then
+    # Batches in which every token has a target say where each token stands in the hidden states.
+    batches, full_batches = collated(pairs), collated([_all_answer(pair) for pair in pairs])
+    rejected_starts = _rejected_starts(pairs)
+    if any(not torch.equal(b["input_ids"], full["input_ids"]) for b, full in zip(batches, full_batches, strict=True)):
+        # This layout (a plugin's) arranges tokens by their labels.  Compare only the tokens that have a target.
+        full_batches, rejected_starts = batches, []
     check_vocabulary(model, batches[0]["input_ids"], targets_of(batches[0]).token_ids)
     with torch.no_grad(), evaluating(model):
-        examine(model, batches[0])  # what runs the model on a few tokens must not pass by the hooks below
+        # These two run the model on a few tokens and cache the result.  The hooks below must not see such runs.
+        examine(model, batches[0])
         if kernel != "reference":
             head_options(model, batches[0]["input_ids"])
         expected, found = (
-            _run(model, one, batch, targets_of(whole).positions, kernel)
-            for one, batch, whole in zip(layouts, batches, wholes, strict=True)
+            _run(model, one, batch, targets_of(full).positions, kernel)
+            for one, batch, full in zip(layouts, batches, full_batches, strict=True)
         )
         report = LayoutReport(
             layout=layout.name,
             dtype=found.dtype,
-            row_difference=row_difference(found.hidden, expected.hidden, beginnings),
+            row_difference=row_difference(found.hidden, expected.hidden, rejected_starts),
             loss_difference=abs(found.loss - expected.loss),
             tolerance=_tolerance(found.dtype),
         )
         if not on_any_rank(not report.passed):
             return report
-        by_layers = _layer_by_layer(model, layouts, wholes, beginnings, kernel)
+        by_layers = _layer_by_layer(model, layouts, full_batches, rejected_starts, kernel)
     limit = LAYER_SHARE * report.tolerance
     return replace(
         report,
@@ -155,47 +169,50 @@ def check_layout(
     )
 
 
-def row_difference(found: Tensor, expected: Tensor, beginnings: Sequence[Sequence[int]] = ()) -> float:
-    """The 0.9 quantile over rows [N, H] of |found - expected| / |expected|; NaN where any is.
+def row_difference(found: Tensor, expected: Tensor, rejected_starts: Sequence[Sequence[int]] = ()) -> float:
+    """|found - expected| / |expected| for N hidden states [N, H], as one number; NaN if any of them is NaN.
 
-    Or the least of one of the `beginnings`, numbers of rows of which each pair has one, where it is more: a layout that
-    is wrong there is so in all pairs, a router near a tie in one of them.
+    The largest of these:
+
+    - the 0.9 quantile over all N;
+    - for each list in `rejected_starts`, the smallest over its indices.  A list has one index per pair.  A wrong layout
+      is wrong there in all pairs, while a router near a tie changes one of them.
     """
     found, expected = found.double(), expected.double()
     relative = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-    values = [relative.quantile(_QUANTILE), *(relative[list(rows)].amin() for rows in beginnings if rows)]
+    values = [relative.quantile(_QUANTILE), *(relative[list(start)].amin() for start in rejected_starts if start)]
     return float(torch.stack(values).amax())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
     hidden: Tensor
-    """[N, H]: of every token but sequences' last ones; layouts list them in one order."""
+    """[N, H]: the last hidden states of all tokens but the last of each sequence, in the order of the targets."""
     loss: float
     dtype: torch.dtype
 
 
-def _run(model: nn.Module, layout: Layout, batch: dict[str, Any], rows: Tensor, kernel: str) -> _Run:
-    seen: list[tuple[Tensor, torch.dtype]] = []
+def _run(model: nn.Module, layout: Layout, batch: dict[str, Any], positions: Tensor, kernel: str) -> _Run:
+    head_inputs: list[tuple[Tensor, torch.dtype]] = []
 
-    def listen(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        seen.append((inputs[0].flatten(0, -2)[rows], _coarsest(model, inputs[0])))
+    def record(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        head_inputs.append((inputs[0].flatten(0, -2)[positions], _lowest_precision(model, inputs[0])))
 
-    with output_head(model).register_forward_pre_hook(listen), layout.forward_context(model):
+    with output_head(model).register_forward_pre_hook(record), layout.forward_context(model):
         loss = orpo_forward(model, batch, kernel=kernel).loss
-    hidden, dtype = seen[-1]
+    hidden, dtype = head_inputs[-1]
     return _Run(hidden=hidden, loss=float(loss), dtype=dtype)
 
 
-def _coarsest(model: nn.Module, hidden: Tensor) -> torch.dtype:
-    """Of what takes part in a forward pass: norms in fp32 make nothing exact of linear maps in bf16."""
+def _lowest_precision(model: nn.Module, hidden: Tensor) -> torch.dtype:
+    """The dtype with the largest tolerance of all that take part: a norm in fp32 does not make bf16 layers exact."""
     dtypes = [hidden.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())]
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtypes.append(torch.get_autocast_dtype(kind))
-    # Of quantized layers, whose weights are integers.
-    computed = (getattr(module, "compute_dtype", None) for module in model.modules())
-    dtypes += [dtype for dtype in computed if isinstance(dtype, torch.dtype)]
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    # The weights of quantized layers are integers; such layers name the dtype of their products.
+    compute_dtypes = (getattr(module, "compute_dtype", None) for module in model.modules())
+    dtypes += [dtype for dtype in compute_dtypes if isinstance(dtype, torch.dtype)]
     return max(dtypes, key=_tolerance)
 
 
@@ -209,7 +226,7 @@ _LOSS = "the loss"
 
 
 def _all_answer(pair: Pair) -> Pair:
-    """The pair with every token in its answer, so that the table of predictions has a target for each of them."""
+    """The pair with a label on every token, so that there is a target for each token but the first."""
     chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
     return Pair(
         chosen=TokenSequence(input_ids=chosen, labels=chosen),
@@ -217,77 +234,78 @@ def _all_answer(pair: Pair) -> Pair:
     )
 
 
-def _beginnings(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Lines of the table for the pairs' first rejected token, and for the first that is not the chosen one's.
+def _rejected_starts(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Two lists of target numbers, in batches where every token has a target.
 
-    A short convolution that runs on from what stands before moves these alone, which are too few for a quantile.
+    One is of the pairs' first rejected targets, the other of the first rejected targets behind the shared prefix.  If a
+    short convolution reads on from the sequence before, only these differ, and they are too few for a quantile.
     """
-    first, apart, target = [], [], 0
+    first, after_prefix, target = [], [], 0
     for pair in pairs:
         chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
         target += len(chosen) - 1
-        shared, targets = common_prefix(chosen, rejected), max(0, len(rejected) - 1)
-        first += [target] if targets else []
-        apart += [target + shared] if shared < targets else []
-        target += targets
-    return [first, apart]
+        prefix, rejected_targets = common_prefix(chosen, rejected), max(0, len(rejected) - 1)
+        first += [target] if rejected_targets else []
+        after_prefix += [target + prefix] if prefix < rejected_targets else []
+        target += rejected_targets
+    return [first, after_prefix]
 
 
 def _layer_by_layer(
     model: nn.Module,
     layouts: Sequence[Layout],
     batches: Sequence[dict[str, Any]],
-    beginnings: Sequence[Sequence[int]],
+    rejected_starts: Sequence[Sequence[int]],
     kernel: str,
 ) -> dict[str, float]:
-    """How far the output of each layer is from *padded*'s, given *padded*'s inputs; and the loss, given its last.
+    """Step 3 above: how much each layer differs from *padded* if it gets the inputs of *padded*; and the loss.
 
-    A layer's output is looked at where it goes into the next one, or into the head.  No target of the table has a
-    sequence's last row, whose hidden states stay the layout's own: none of the other rows attends to it.
+    A layer's output is compared where it enters the next layer or the head.  The last token of a sequence has no
+    target, so it is neither compared nor replaced; no other token attends to it.
     """
-    padded, other = layouts
-    layers, head = list(_layers(unwrap_model(model))), output_head(model)
-    stages = [*(layer for _, layer in layers), head]
-    names = ["the embeddings", *_descriptions(model, layers)]
+    layers = _named_layers(model)
+    stages = [*(layer for _, layer in layers), output_head(model)]
+    names = ["the embeddings", *(name for name, _ in layers)]  # of what makes the input of each stage
     inputs: dict[int, Tensor] = {}
     differences: dict[str, float] = {}
 
-    def record(stage: int, rows: Tensor, total: int) -> Callable[..., Any]:
+    def record(stage: int, positions: Tensor, total: int) -> Callable[..., Any]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = _first_tensor(args, kwargs, total)
+            hidden = _hidden_states(args, kwargs, total)
             if hidden is not None:
-                inputs[stage] = hidden.flatten(0, -2)[rows]
+                inputs[stage] = hidden.flatten(0, -2)[positions]
 
         return hook
 
-    def compare(stage: int, rows: Tensor, total: int) -> Callable[..., Any]:
+    def compare_and_replace(stage: int, positions: Tensor, total: int) -> Callable[..., Any]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = _first_tensor(args, kwargs, total)
+            hidden = _hidden_states(args, kwargs, total)
             if hidden is None or stage not in inputs:
                 return None
             flat = hidden.flatten(0, -2).clone()
-            differences[names[stage]] = row_difference(flat[rows], inputs[stage], beginnings)
-            flat[rows] = inputs[stage].to(flat.dtype)
-            given = flat.view_as(hidden)
+            differences[names[stage]] = row_difference(flat[positions], inputs[stage], rejected_starts)
+            flat[positions] = inputs[stage].to(flat.dtype)
+            replaced = flat.view_as(hidden)
             return (
-                tuple(given if value is hidden else value for value in args),
-                {key: given if value is hidden else value for key, value in kwargs.items()},
+                tuple(replaced if value is hidden else value for value in args),
+                {key: replaced if value is hidden else value for key, value in kwargs.items()},
             )
 
         return hook
 
     losses = []
-    for layout, batch, look in ((padded, batches[0], record), (other, batches[1], compare)):
-        rows, total = targets_of(batch).positions, batch["input_ids"].numel()
+    for layout, batch, make_hook in zip(layouts, batches, (record, compare_and_replace), strict=True):
+        positions, total = targets_of(batch).positions, batch["input_ids"].numel()
         with ExitStack() as stack:
             for stage, module in enumerate(stages):
-                stack.enter_context(module.register_forward_pre_hook(look(stage, rows, total), with_kwargs=True))
+                hook = make_hook(stage, positions, total)
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             stack.enter_context(layout.forward_context(model))
             losses.append(float(orpo_forward(model, batch, kernel=kernel).loss))
     return {**differences, _LOSS: abs(losses[1] - losses[0])}
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], total: int) -> Tensor | None:
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], total: int) -> Tensor | None:
     """The hidden states among a module's arguments: [R, S, H] or [R * S, H], with `total` = R * S."""
     for value in (*args, kwargs.get("hidden_states")):
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
@@ -295,12 +313,12 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], total: int) -> 
     return None
 
 
-def _descriptions(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> list[str]:
-    """Name, class and `layer_types` entry of each layer."""
+def _named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of the text decoder, each with its name, its class and its entry in `layer_types`."""
     kinds = getattr(text_config_of(model), "layer_types", None) or ()
     return [
-        f"{name} ({type(layer).__name__}{f', {kinds[index]}' if index < len(kinds) else ''})"
-        for index, (name, layer) in enumerate(layers)
+        (f"{name} ({type(layer).__name__}{f', {kinds[index]}' if index < len(kinds) else ''})", layer)
+        for index, (name, layer) in enumerate(_layers(unwrap_model(model)))
     ]
 
 

@@ -1,7 +1,7 @@
-"""What *packed* and *shared* have in common: all tokens in one row, no padding, attention by spans instead of masks.
+"""The common part of *packed* and *shared*: all tokens in one row, no padding, spans instead of attention masks.
 
-A model learns of the spans through one more keyword, `SPANS`, that reaches the registered attention function
-(`layouts/attention.py`).  A model that would drop the keyword silently must not run in these layouts
+The model gets the spans as an additional keyword, `SPANS`, and passes it on to the attention function of
+`layouts/attention.py`.  A model that would drop the keyword silently must not run in these layouts
 (`layouts/support.py`).
 """
 
@@ -19,12 +19,12 @@ from orpo_plugins.layouts.target_table import labels_and_shift_labels
 
 
 class OneRow(Layout):
-    """Everything but `name`, `priority`, `collate` and `token_cost`."""
+    """A subclass adds `name`, `priority`, `collate` and `token_cost`."""
 
     batch_key = SPANS
     pads = False
 
-    # transformers is imported when a model is at hand, not with this module.
+    # The imports below need transformers, which the module itself must not import.
 
     def unsupported(self, model: nn.Module) -> str | None:
         from orpo_plugins.layouts import support
@@ -48,21 +48,21 @@ class OneRow(Layout):
 
 @dataclass(kw_only=True)
 class RowBuilder:
-    """The tensors of a batch of one row, token by token as they are added."""
+    """Collects the tokens, positions, spans and targets of a batch with one row."""
 
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[Tensor] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
-    """Of each sequence the table of its targets: chosen, rejected, chosen, rejected, …"""
+    """The targets of each sequence: chosen, rejected, chosen, rejected, …"""
 
     @property
     def length(self) -> int:
-        """Tokens so far, which is where the next one stands."""
+        """Tokens so far: the position of the next one."""
         return len(self.input_ids)
 
     def add(self, tokens: Sequence[int], *, context_start: int = 0, context_length: int = 0) -> None:
-        """Appends a span; its `position_ids` continue those of its context."""
+        """Appends a span.  Its `position_ids` continue those of its context."""
         if not tokens:
             return
         self.spans.append(Span(self.length, len(tokens), context_start, context_length))
@@ -70,10 +70,10 @@ class RowBuilder:
         self.input_ids += tokens
 
     def batch(self) -> dict[str, Any]:
-        """What `Layout.collate` returns: `input_ids` and `position_ids` [1, S], spans, `labels`, `shift_labels`."""
+        """The batch for `Layout.collate`: `input_ids` and `position_ids` [1, S], spans, `labels`, `shift_labels`."""
         return {
             "input_ids": torch.tensor([self.input_ids], dtype=torch.long),
             "position_ids": torch.cat(self.position_ids)[None],
             SPANS: Spans(spans=tuple(self.spans)),
-            **labels_and_shift_labels(self.tables, len(self.tables) // 2),
+            **labels_and_shift_labels(self.tables[::2], self.tables[1::2]),
         }

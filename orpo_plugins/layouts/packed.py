@@ -1,4 +1,8 @@
-"""*packed*: every sequence after the other in one row [1, S], S the sum of lengths; positions restart with each."""
+"""*packed*: all sequences in one row [1, S], one after the other, without padding.  Each is a span of its own.
+
+tokens         chosen 0    rejected 0   chosen 1  rejected 1
+position_ids   0 1 2 3 4   0 1 2 3      0 1 2     0 1 2 3 4
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +32,9 @@ class Packed(OneRow):
     def collate(self, pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Any]:
         row = RowBuilder()
         for index, pair in enumerate(pairs):
-            for sequence, number, term in ((pair.chosen, index, nll_over), (pair.rejected, len(pairs) + index, None)):
+            for sequence, number, nll in ((pair.chosen, index, nll_over), (pair.rejected, len(pairs) + index, None)):
                 positions = torch.arange(row.length, row.length + len(sequence.input_ids))
-                row.tables.append(sequence_targets(sequence, positions, number, nll_over=term))
+                row.tables.append(sequence_targets(sequence, positions, number, nll_over=nll))
                 row.add(sequence.input_ids)
         return row.batch()
 

@@ -1,13 +1,14 @@
-"""*shared*: `[prompt | chosen | rejected]` per pair in one row [1, S], so that each prompt is computed once.
+"""*shared*: `[prompt | chosen | rejected]` per pair in one row [1, S].  Each prompt is computed once.
 
-    position_ids   0 1 2 | 3 4 5 | 3 4
     tokens         prompt  chosen  rejected
+    position_ids   0 1 2 | 3 4 5 | 3 4
                      ▲       │        │        both answers attend to the one prompt, and not to each other
                      └───────┴────────┘
 
-The rejected answer's positions continue from the prompt as if the chosen answer were not there.  What is shared is the
-longest common token prefix of the two sequences, whatever the labels say: prompts that differ (truncated differently,
-another history) share less, and answers that begin alike share more.
+The positions of the rejected answer continue from the prompt, as if the chosen answer were not there.
+
+The shared part is the longest common prefix of the two token sequences, whatever their labels are.  So prompts that
+differ (cut differently, another history) share less, and answers that begin with the same tokens share more.
 """
 
 from collections.abc import Sequence
@@ -36,16 +37,16 @@ class Shared(OneRow):
     priority = 20
 
     def collate(self, pairs: Sequence[Pair], *, pad_token_id: int, nll_over: str) -> dict[str, Any]:
-        """The position that ends the shared prefix predicts two tokens: the first of either rest."""
+        """The last position of the shared prefix predicts two tokens, the next one of each sequence."""
         row = RowBuilder()
         for index, pair in enumerate(pairs):
             start, chosen, rejected = row.length, pair.chosen, pair.rejected
             prefix = common_prefix(chosen.input_ids, rejected.input_ids)
-            # 1. The chosen sequence, whole.
+            # 1. Add the complete chosen sequence.
             positions = torch.arange(start, start + len(chosen.input_ids))
             row.tables.append(sequence_targets(chosen, positions, index, nll_over=nll_over))
             row.add(chosen.input_ids)
-            # 2. The rejected sequence: its prefix stands in the chosen one, its rest follows.
+            # 2. Add the rejected sequence without the prefix.  The chosen sequence has the prefix already.
             rest = torch.arange(row.length, row.length + len(rejected.input_ids) - prefix)
             positions = torch.cat([positions[:prefix], rest])
             row.tables.append(sequence_targets(rejected, positions, len(pairs) + index, nll_over=None))
@@ -57,6 +58,6 @@ class Shared(OneRow):
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens two sequences have in common."""
+    """The number of tokens with which both sequences begin."""
     length = min(len(first), len(second))
     return next((i for i in range(length) if first[i] != second[i]), length)

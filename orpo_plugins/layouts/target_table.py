@@ -1,4 +1,4 @@
-"""The `labels` table of a batch, which `targets.py` defines, from the sequences of its pairs."""
+"""Makes the `labels` table of a batch, which `targets.py` defines, from the sequences of its pairs."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from orpo_plugins.targets import IGNORE_INDEX, IN_ANSWER, IN_NLL
 
 
 def sequence_targets(sequence: TokenSequence, positions: Tensor, index: int, *, nll_over: str | None) -> Tensor:
-    """int64 [n, 4]: the targets of a decoder's sequence of L tokens; token t is predicted at the position of t - 1.
+    """int64 [n, 4]: the targets of a decoder's sequence.  The hidden state of token t - 1 predicts token t.
 
     Args:
-        sequence: number `index` of the batch (0..B-1 chosen, B..2B-1 rejected).
-        positions: int64 [L]: where its tokens stand in the hidden states, flattened to [positions, H].
-        index: see `sequence`.
+        sequence: L tokens.
+        positions: int64 [L]: the position of each token in the hidden states, flattened to [positions, H].
+        index: the number of the sequence in the batch: 0..B-1 chosen, B..2B-1 rejected.
         nll_over: "sequence" (prompt and answer), "completion" (the answer alone) or None (not in the NLL).
     """
     token_ids = torch.tensor(sequence.input_ids[1:], dtype=torch.long)
@@ -29,16 +29,16 @@ def sequence_targets(sequence: TokenSequence, positions: Tensor, index: int, *, 
 
 
 def target_table(positions: Tensor, token_ids: Tensor, index: int, terms: Tensor) -> Tensor:
-    """int64 [n, 4]: the rows of a table for one sequence, without those that are in no term of the loss."""
+    """int64 [n, 4]: the targets of one sequence.  Leaves out those that no term of the loss counts."""
     table = torch.stack([positions, token_ids, torch.full_like(positions, index), terms], dim=1)
     return table[terms != 0]
 
 
-def labels_and_shift_labels(tables: Sequence[Tensor], num_pairs: int) -> dict[str, Tensor]:
-    """The two keys of every batch, from the table of each sequence: chosen, rejected, chosen, rejected, …"""
-    # pad_sequence wants at least one column; sequences of a batch are numbered chosen ones first.
-    in_nll = [table[(table[:, 3] & IN_NLL) != 0, 1] for table in (*tables[::2], *tables[1::2])]
-    shift_labels = pad_sequence(in_nll, batch_first=True, padding_value=IGNORE_INDEX)
-    if shift_labels.shape[1] == 0:
-        shift_labels = torch.full((2 * num_pairs, 1), IGNORE_INDEX)
-    return {"labels": torch.cat(list(tables)), "shift_labels": shift_labels}
+def labels_and_shift_labels(chosen: Sequence[Tensor], rejected: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The keys `labels` and `shift_labels` of a batch, from the tables of its B chosen and B rejected sequences."""
+    labels = [table for pair in zip(chosen, rejected, strict=True) for table in pair]
+    nll_tokens = [table[(table[:, 3] & IN_NLL) != 0, 1] for table in (*chosen, *rejected)]
+    shift_labels = pad_sequence(nll_tokens, batch_first=True, padding_value=IGNORE_INDEX)
+    if shift_labels.shape[1] == 0:  # no target counts in the NLL: one column of padding
+        shift_labels = torch.full((2 * len(chosen), 1), IGNORE_INDEX)
+    return {"labels": torch.cat(labels), "shift_labels": shift_labels}

@@ -1,1 +1,1 @@
-"""What is known of a model, and its output head."""
+"""Models: their output head, checks before training, and what has been found out about them."""

@@ -1,14 +1,12 @@
-"""What a model must be like to be trained with ORPO at all: trainable, causal, with a position for every token.
+"""Checks of a model before its first step: it has to be trainable and causal, with a position for every token.
 
-Whether it is causal, and how many positions it has learned, no configuration says reliably.  So each model is run once
-on a few tokens before its first batch; see `examine`.
+No configuration says reliably whether a model is causal, and how many positions it has.  So each model runs once on a
+few tokens before its first batch: see `examine`.
 """
 
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,15 +24,16 @@ from orpo_plugins.models.head import (
     unwrap_model,
     wrappers,
 )
+from orpo_plugins.models.state import Examined, state_of
 from orpo_plugins.models.virtual_tokens import check_cache, own_positions, virtual_tokens
 
 # ---- trainable
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises `ModelError` for a model none of whose parameters requires a gradient: training would change nothing.
+    """Raises `ModelError` where no parameter requires a gradient: training would change nothing.
 
-    Under gradient checkpointing the loss may have a gradient all the same, since the embeddings' outputs ask for one.
+    The loss does not show this under gradient checkpointing, where the outputs of the embeddings require a gradient.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
@@ -47,20 +46,20 @@ def check_trainable(model: nn.Module) -> None:
 def _remedy(model: nn.Module) -> str:
     if any(getattr(wrapper, "peft_config", None) for wrapper in wrappers(model)):
         return (
-            "load the adapter with PeftModel.from_pretrained(model, path, is_trainable=True), or switch it on if it "
-            "was disabled"
+            "load the adapter with PeftModel.from_pretrained(model, path, is_trainable=True), or enable it if it was "
+            "disabled"
         )
     return (
         "unfreeze what is to be trained (parameter.requires_grad_(True)), or train an adapter (peft_config=, or "
-        "peft.get_peft_model; an adapter that is loaded needs is_trainable=True)"
+        "peft.get_peft_model; loading an adapter needs is_trainable=True)"
     )
 
 
 def check_gradient(loss: Tensor, model: nn.Module | None = None) -> None:
     """Raises `ModelError` where a backward pass from `loss` (or logits) would reach no parameter.
 
-    Nothing is computed: the graph says it.  A graph that hides a part of itself, as reentrant checkpointing does, is
-    taken to reach one.
+    This only follows the autograd graph and computes nothing.  A graph with a hidden part, as reentrant checkpointing
+    makes it, passes the check.
     """
     if (loss.is_leaf and loss.requires_grad) or _reaches_a_parameter(loss):
         return
@@ -68,7 +67,7 @@ def check_gradient(loss: Tensor, model: nn.Module | None = None) -> None:
     what = f"none of the {len(trainable)} trainable parameters ({trainable[0]}, …)" if trainable else "no parameter"
     raise ModelError(
         f"the loss depends on {what}, so training would change nothing: unfreeze parameters that take part in the "
-        "logits, and load adapters with PeftModel.from_pretrained(model, path, is_trainable=True), switched on"
+        "logits, and load adapters with PeftModel.from_pretrained(model, path, is_trainable=True) and enable them"
     )
 
 
@@ -77,17 +76,18 @@ def _reaches_a_parameter(loss: Tensor) -> bool:
     for node in _graph(loss):
         if isinstance(getattr(node, "variable", None), nn.Parameter):
             return True
-        # A function written in Python may compute its part anew from parameters that are not among its inputs.
+        # A function written in Python may run layers again, whose parameters are not among its inputs.
         hidden |= isinstance(node, BackwardCFunction) and not _is_ours(node)
     return hidden
 
 
 def check_causal_by_gradient(logits: Tensor) -> None:
-    """Raises `ModelError` where the first logits of a batch depend on later tokens, as far as their graph tells.
+    """Raises `ModelError` where the first logits of a row depend on later tokens, as far as the autograd graph shows.
 
-    For who sees nothing of the model: the gradient of a row's first logits must be zero at the embeddings of all its
-    other tokens.  Nothing is said where the graph has no embeddings of the batch (they are frozen), where it hides a
-    part of itself (reentrant checkpointing), and on several ranks, whose wrappers expect one backward pass.
+    This is for callers that have logits but no model.  The gradient of a row's first logits must be zero at the
+    embeddings of all its other tokens.  Nothing is checked where the graph has no embeddings of the batch (because they
+    are frozen), where it has a hidden part (reentrant checkpointing), and on several ranks, whose wrappers expect one
+    backward pass.
     """
     if logits.shape[1] < 2 or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -98,7 +98,7 @@ def check_causal_by_gradient(logits: Tensor) -> None:
     handle = None if node is None else node.register_prehook(lambda gradients: found.append(gradients[0]))
     try:
         (own,) = torch.autograd.grad(logits[:, 0].float().square().sum(), source, retain_graph=True)
-    except RuntimeError:  # a graph that cannot be gone through twice, or not from here
+    except RuntimeError:  # the graph does not allow a second backward pass, or not from here
         return
     finally:
         if handle is not None:
@@ -109,16 +109,16 @@ def check_causal_by_gradient(logits: Tensor) -> None:
     if leak > _TOLERANCE:
         raise ModelError(
             f"the model is not causal: its first logits have a gradient at later tokens ({leak:.1e} of that at the "
-            "first one), so answers would be scored by what they say later on. Take a causal language model, or make "
+            "first one), so it would see the tokens that it has to predict. Take a causal language model, or make "
             "this one causal (PaliGemma: attn_implementation='eager')"
         )
 
 
 def _embeddings(logits: Tensor) -> tuple[Any, Tensor | None]:
-    """Where a graph has the embeddings [R, T, H] of the logits' own rows.
+    """Finds the embeddings [R, T, H] of the logits' own rows in the autograd graph.
 
-    (node whose gradient that is, parameter behind it), or (None, the embeddings themselves) where they are a leaf, as
-    under gradient checkpointing with frozen weights.
+    Returns (the node that gets their gradient, the parameter behind it).  Where the embeddings are a leaf, as under
+    gradient checkpointing with frozen weights, it returns (None, the embeddings); without embeddings, (None, None).
     """
     for node in _graph(logits):
         if type(node).__name__ == "EmbeddingBackward0" and tuple(node._saved_indices.shape) == logits.shape[:2]:
@@ -132,7 +132,7 @@ def _embeddings(logits: Tensor) -> tuple[Any, Tensor | None]:
 
 
 def _graph(result: Tensor) -> Iterator[Any]:
-    """All nodes behind a tensor."""
+    """All nodes of the autograd graph behind a tensor."""
     seen: set[Any] = set()
     stack: list[Any] = [result.grad_fn]
     while stack:
@@ -150,44 +150,27 @@ def _is_ours(node: Any) -> bool:
 # ---- causal, with positions
 
 _KEPT, _CHANGED, _ENCODED = 2, 2, 7
-"""Tokens of the examined rows: those that are looked at, those behind them, and those that an encoder reads.
+"""Numbers of tokens in the examined rows: whose logits are compared, behind these, and in the input of an encoder.
 
-Where an adapter has as many virtual tokens, whose table it reads one after the other too, there is one token more.
+There is one token more where an adapter has exactly as many virtual tokens: these are read from a table in order, too,
+which must not be taken for a table of positions.
 """
-_TOLERANCE, _TOLERANCE_OF_16_BITS = 2e-3, 4e-3
-"""What logits may change by with the tokens behind them, relative to their length.
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 2e-3, 4e-3
+"""How much logits may change with the tokens behind them, relative to their length.
 
-Measured on every causal family of transformers, small and random: by 5e-7 and less in causal models (mixtures of
-experts, which multiply other groups of rows; 0 in bf16), by 6e-2 and more in others (XLNet and XLM in bf16: 8e-3).
+Measured on a small random model of every causal family of transformers.  Causal models: at most 5e-7 (mixtures of
+experts, which multiply rows in other groups; 0 in bf16).  Others: at least 6e-2 (XLNet and XLM in bf16: 8e-3).
 """
 _MADE_BY_COLLATORS = {"input_ids", "attention_mask", "position_ids", "decoder_input_ids", "labels", "shift_labels"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Examined:
-    """What a model was found to be."""
-
-    leak: float
-    """What logits change by with the tokens behind them, relative to their length."""
-    tolerance: float
-    """For the same."""
-    tokens: int | None
-    """How many a row may have, beside virtual ones; None where no table of positions limits them."""
-    encoder_tokens: int | None = None
-    """The same for what an encoder reads."""
-
-
-_examined: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, bool], Examined]]" = weakref.WeakKeyDictionary()
-"""By model; then by the virtual tokens that an adapter put before its rows, and by whether it was in training mode."""
-
-
 def check_model(model: nn.Module, inputs: Mapping[str, Any], longest: int | None = None) -> None:
-    """Everything that can be said against training or evaluating `model` on a batch before it runs.
+    """All checks of `model`, and of a batch's length, before the model runs on that batch.
 
     `longest` is the number of tokens of the longest sequence (`Layout.longest_sequence`), where it is known.
 
     Raises:
-        ModelError: see `check_trainable` (in training only), `check_cache`, `examine`.
+        ModelError: see `check_trainable` (in training only), `check_cache` and `examine`.
         BatchError: a row has more tokens than the model has positions.
     """
     output_head(model)
@@ -204,7 +187,7 @@ def check_model(model: nn.Module, inputs: Mapping[str, Any], longest: int | None
 
 
 def too_few_positions(model: nn.Module, side: str, limit: int) -> str:
-    """What to say of a row that is longer than `limit`, which is `Examined.<side>`."""
+    """The end of an error about a row longer than `limit`; `side` names the field of `Examined` with this limit."""
     virtual = virtual_tokens(model)[side == "tokens"]
     beside = f" beside {virtual} virtual ones" if virtual else ""
     option = "max_length"
@@ -221,28 +204,30 @@ def _encoded(inputs: Mapping[str, Any]) -> int | None:
 
 
 def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Examined:
-    """Runs `model` on a few tokens of a batch, once, and looks what it does with those that stand behind.
+    """Runs `model` once on a few tokens of a batch, and finds out whether logits depend on later tokens.
 
-    Three passes without gradient, with the same random numbers, whose last tokens differ.  Of three differences the
-    smallest counts: a router near a tie decides one way or the other, so that two passes agree.  A model that was
-    examined in training mode is not in evaluation mode again.  Random numbers are as before afterwards.  Ranks run the
-    same passes, as a sharded model needs it.
+    1. Three passes without gradient and with the same random numbers; only their last tokens differ.
+    2. Of the three differences between their first logits, the smallest counts.  A router near a tie may decide
+       differently in one of the passes; two of them still agree.
+
+    A model that was examined in training mode is not examined again in evaluation mode.  The state of the random number
+    generators is restored.  All ranks run the same passes, because a sharded model needs all of them.
 
     Raises:
-        ModelError: earlier logits depend on later tokens.  Not where the batch has inputs of its maker's own, such as
-            images and token types, which may say what attends to what.
+        ModelError: earlier logits depend on later tokens.  Not raised where the batch has inputs that no collator of
+            this package makes, such as images and token types: these may decide which tokens attend to which.
     """
     inner, virtual = unwrap_model(model), virtual_tokens(model)
-    known = _examined.setdefault(inner, {})
+    known = state_of(inner).examined
     found = known.get((virtual, True)) or known.get((virtual, model.training))
     if found is None:
         found = known[virtual, model.training] = _examination(model, inputs, virtual)
     own = any(isinstance(v, Tensor) and v.ndim > 1 for key, v in inputs.items() if key not in _MADE_BY_COLLATORS)
     if found.leak > found.tolerance and not own:
-        known.clear()  # whoever follows the advice on the model itself is to be examined anew
+        known.clear()  # the user may follow the advice on this very model, which is then examined again
         raise ModelError(
             f"{type(inner).__name__} is not causal: its logits change by {found.leak:.1e} with the tokens behind them "
-            f"(relative, tolerance {found.tolerance:.0e}), so answers would be scored by what they say later on. Take "
+            f"(relative, tolerance {found.tolerance:.0e}), so it would see the tokens that it has to predict. Take "
             "a causal language model, or make this one causal where it can be: attn_implementation='eager' (PaliGemma, "
             "Doge), or is_decoder=True, causal=True or use_bidirectional_attention=False in its configuration"
         )
@@ -261,17 +246,17 @@ def _examination(model: nn.Module, inputs: Mapping[str, Any], virtual: tuple[int
         passes.append(_compared(logits, model, arguments))
     return Examined(
         leak=_difference(passes),
-        tolerance=_TOLERANCE_OF_16_BITS if watch.in_16_bits else _TOLERANCE,
+        tolerance=_LOW_PRECISION_TOLERANCE if watch.in_16_bits else _TOLERANCE,
         tokens=_least(watch.limit(_KEPT + changed, virtual[1]), _buffered_positions(model)),
         encoder_tokens=watch.limit(encoded, virtual[0]) if is_encoder_decoder(model) else None,
     )
 
 
 def _compared(logits: Tensor, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-    """[K, V]: what is compared of a pass, without what all entries of a vocabulary have in common."""
+    """[K, V]: the logits of a pass that are compared, less their mean over the vocabulary."""
     try:
         kept = own_positions(logits, model, arguments)[0, :_KEPT].float()
-    except BatchError:  # the batch itself will come out like this, and the error will have its numbers
+    except BatchError:  # the same error will come with the batch itself, whose numbers it should have
         return logits.new_full((1, 1), torch.nan)
     return kept - kept.mean(-1, keepdim=True)
 
@@ -281,7 +266,7 @@ def _least(*limits: int | None) -> int | None:
 
 
 def _buffered_positions(model: nn.Module) -> int | None:
-    """Rows of a table of positions that is no embedding but indexed by itself (GPT-J, CodeGen, CTRL)."""
+    """The length of a table of positions that is a plain tensor and not an embedding (GPT-J, CodeGen, CTRL)."""
     tables = (getattr(module, name, None) for module in model.modules() for name in ("embed_positions", "pos_encoding"))
     return _least(*(len(table) for table in tables if isinstance(table, Tensor) and table.ndim == 2))
 
@@ -296,8 +281,10 @@ def _row_inputs(model: nn.Module, row: Tensor, inputs: Mapping[str, Any], encode
 
 
 def _endings(ids: Tensor) -> list[Tensor]:
-    """Three tokens that differ, of the batch itself: none that stands for an image, say."""
-    # Before them the first ids of a vocabulary, for a batch of fewer: all ranks have to run three passes.
+    """Three different tokens, taken from the batch, where they are valid: others might stand for an image, say.
+
+    A batch with fewer gets the first ids of the vocabulary besides, because all ranks have to run three passes.
+    """
     known = torch.unique(ids)
     others = torch.arange(3, device=ids.device)
     return list(torch.cat([others[~torch.isin(others, known)], known])[-3:])
@@ -314,7 +301,7 @@ def _difference(passes: list[Tensor]) -> float:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """For a forward pass that leaves no trace: no gradient, nothing compiled, no random number used."""
+    """Runs a forward pass without gradient or compilation, and restores the random number generators."""
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kind = next((device.type for device in devices), "cuda")
     with (
@@ -328,7 +315,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which tables are read at positions, and whether anything is computed in 16 bits."""
+    """Records the lengths of tables that are read at positions, and whether anything is computed in 16 bits."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -344,9 +331,10 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _note(self, indices: Tensor, table: Tensor) -> None:
-        """Of a table whose rows are read one after the other, how many can be: some begin with their second or third.
+        """Records how many rows of a table can be read at positions, where they are read in order.
 
-        Only embeddings end so.  Rotary tables grow, or are none.
+        Some tables begin with their second or third row.  Only embeddings have an end: rotary tables grow, or are
+        computed.
         """
         width = indices.shape[-1] if indices.ndim else 0
         if width < self._tokens:
@@ -357,7 +345,7 @@ class _Watch(TorchFunctionMode):
             self._limits[width] = min(limit, self._limits.get(width, limit))
 
     def limit(self, tokens: int, virtual: int) -> int | None:
-        """What tables allow in rows like those of `tokens`, before which there may have been virtual ones."""
+        """The most tokens that the tables allow in a row; found with a row of `tokens`, maybe behind virtual ones."""
         if tokens + virtual in self._limits:
             return self._limits[tokens + virtual] - virtual
-        return self._limits.get(tokens)  # an adapter in the cache has them begin further on
+        return self._limits.get(tokens)  # with an adapter in the cache, positions begin behind its virtual tokens

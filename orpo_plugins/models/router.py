@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, as a part of ORPO's loss."""
+"""The load-balancing loss of a mixture of experts, added to ORPO's loss."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,15 +16,15 @@ from orpo_plugins.targets import Targets
 def add_router_loss(
     output: ORPOOutput, outputs: Any, model: nn.Module, targets: Targets, totals: Denominators
 ) -> ORPOOutput:
-    """Adds a mixture of experts' load-balancing loss, weighted by this micro-batch's share of the step's rows."""
+    """Adds the load-balancing loss of a mixture of experts, weighted by this micro-batch's share of pairs."""
     text = text_config_of(model)
     if not any(getattr(config, "output_router_logits", False) for config in (config_of(model), text)):
         return output
     aux_loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
     if aux_loss is None:
         raise ModelError(
-            f"output_router_logits is set, but {type(unwrap_model(model)).__name__} returns no aux_loss, so that its "
-            "routers' share of the loss would be left out: set output_router_logits=False"
+            f"output_router_logits is set, but {type(unwrap_model(model)).__name__} returns no aux_loss, so its "
+            "routers' loss would be left out: set output_router_logits=False"
         )
     weight = router_coefficient(model) * (targets.pair_weights().sum() / totals.num_examples)
     return replace(
@@ -33,8 +33,8 @@ def add_router_loss(
 
 
 def router_coefficient(model: nn.Module) -> float:
-    """What the model itself multiplies its routers' loss by."""
-    # Most have it in the configuration; the rest (Dbrx) only as their own attribute, read when they were made.
+    """The factor by which the model itself multiplies its routers' loss."""
+    # Most models have it in the configuration; others (Dbrx) copy it to an attribute of their own when they are made.
     for holder in (text_config_of(model), unwrap_model(model)):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             if getattr(holder, name, None) is not None:

@@ -1,12 +1,15 @@
-"""Adapters of PEFT that put virtual tokens before every sequence, and what of the model's positions is the batch's.
+"""PEFT adapters with virtual tokens before every sequence, and which of the model's positions belong to the batch.
 
-Prompt tuning, P-tuning, multitask prompt tuning and CPT prepend V embeddings, so that the model returns V + T positions
-for rows of T tokens; only the last T belong to the batch.  Prefix tuning and cartridges put V keys and values into
-every layer's cache instead: the model returns T positions, but each layer has to read a cache.
+Prompt tuning, P-tuning, multitask prompt tuning and CPT add V embeddings before each row.  For rows of T tokens the
+model then returns V + T positions, and only the last T belong to the batch.
+
+Prefix tuning and cartridges add V keys and values to the cache of every layer.  The model then returns T positions, but
+each layer must be able to read its cache.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,8 +19,15 @@ from orpo_plugins.models.head import is_encoder_decoder, unwrap_model, wrappers
 _IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
 
-def adapter_of(model: nn.Module) -> Any:
-    """PEFT's configuration of the active adapter where it has virtual tokens, or None."""
+class VirtualTokenConfig(Protocol):
+    """The fields of PEFT's `PromptLearningConfig` that are read here."""
+
+    peft_type: Enum
+    num_virtual_tokens: int
+
+
+def adapter_of(model: nn.Module) -> VirtualTokenConfig | None:
+    """PEFT's configuration of the active adapter, if that has virtual tokens; otherwise None."""
     for wrapper in wrappers(model):
         name, configs = getattr(wrapper, "active_adapter", None), getattr(wrapper, "peft_config", None)
         if isinstance(name, str) and isinstance(configs, Mapping):
@@ -26,29 +36,29 @@ def adapter_of(model: nn.Module) -> Any:
     return None
 
 
-def is_in_the_cache(config: Any) -> bool:
-    """Whether an adapter (its configuration, or None) hands its virtual tokens to the layers as cached keys."""
+def is_in_the_cache(config: object) -> bool:
+    """Whether an adapter (its configuration, or None) has its virtual tokens in the layers' cache."""
     return getattr(config, "peft_type", None) in _IN_THE_CACHE
 
 
 def virtual_tokens(model: nn.Module) -> tuple[int, int]:
-    """How many virtual tokens the active adapter puts before what (an encoder, the decoder) reads."""
+    """How many virtual tokens the active adapter adds before the input of (an encoder, the decoder)."""
     config = adapter_of(model)
     if config is None:
         return 0, 0
-    number = int(config.num_virtual_tokens)
+    number = config.num_virtual_tokens
     if is_in_the_cache(config) or not is_encoder_decoder(model):
         return 0, number
-    return number, number if config.peft_type == "MULTITASK_PROMPT_TUNING" else 0
+    return number, number if config.peft_type.value == "MULTITASK_PROMPT_TUNING" else 0
 
 
 def own_positions(values: Tensor, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """[R, T, D]: of what a model computed at every position, [R, V + T, D], that of the batch's own tokens.
+    """[R, T, D]: the part of `values` [R, V + T, D] that belongs to the batch's own tokens.
 
-    R and T are those of `input_ids`, or of `decoder_input_ids` where there are some; `values` may be flattened.
+    R and T are the shape of `decoder_input_ids`, or of `input_ids` where there are none.  `values` may be flattened.
 
     Raises:
-        BatchError: another number of positions than T, or V + T with the V of the active adapter.
+        BatchError: the number of positions is neither T, nor V + T with the V of the active adapter.
     """
     rows, width = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
     virtual = 0 if is_in_the_cache(adapter_of(model)) else virtual_tokens(model)[1]
@@ -64,19 +74,19 @@ def own_positions(values: Tensor, model: nn.Module, inputs: Mapping[str, Any]) -
 
 
 def check_cache(model: nn.Module) -> None:
-    """Raises `ModelError` for an adapter in the cache under gradient checkpointing, which takes the cache away."""
+    """Raises `ModelError` for an adapter in the cache under gradient checkpointing, which runs layers without one."""
     config = adapter_of(model)
-    if not (is_in_the_cache(config) and model.training and checkpointed(model)):
+    if config is None or not (is_in_the_cache(config) and model.training and checkpointed(model)):
         return
     raise ModelError(
-        f"{str(config.peft_type.value).lower().replace('_', ' ')} puts its virtual tokens into the cache, and gradient "
+        f"{config.peft_type.value.lower().replace('_', ' ')} puts its virtual tokens into the cache, and gradient "
         "checkpointing runs layers without one: call model.gradient_checkpointing_disable(), or set "
         "gradient_checkpointing=False"
     )
 
 
 def checkpointed(model: nn.Module) -> bool:
-    """Whether any layer is computed anew in the backward pass: by transformers, or by torch's wrapper (FSDP)."""
+    """Whether any layer runs again in the backward pass: by transformers, or by torch's wrapper (FSDP)."""
     return any(
         getattr(module, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in module._modules
         for module in model.modules()
@@ -84,7 +94,7 @@ def checkpointed(model: nn.Module) -> bool:
 
 
 def stop_checkpointing(model: nn.Module) -> None:
-    """Turns it off, by the name that transformers has for it (a new one since 5.24)."""
+    """Turns gradient checkpointing off.  transformers has a new name for it since 5.24."""
     inner: Any = unwrap_model(model)
     new = getattr(inner, "activation_checkpointing_disable", None)
     (inner.gradient_checkpointing_disable if new is None else new)()

@@ -13,13 +13,13 @@ from tests.kit import ROOT
 from tests.kit.axolotl_runs import (
     axolotl,
     dataset,
-    environment,
     folder_with_model,
     needs_axolotl,
     write_config,
     write_rows,
 )
 from tests.kit.encoder_decoder import build as encoder_decoder
+from tests.kit.launching import environment
 
 needs_axolotl()
 

@@ -11,13 +11,13 @@ from tests.kit import tiny
 from tests.kit.axolotl_runs import (
     argilla,
     dataset,
-    environment,
     folder_with_model,
     logged,
     needs_axolotl,
     write_config,
     write_rows,
 )
+from tests.kit.launching import environment
 
 needs_axolotl()
 

@@ -95,7 +95,7 @@ def test_strings_that_are_joined_although_a_template_is_set_are_a_warning(
     (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert warning.getMessage().endswith(
         "rows.jsonl: 1 rows of strings are joined as they are, without chat_template: chatml. Set "
-        "orpo_template_strings: true (or type: chat_template in this dataset) to have them written with it"
+        "orpo_template_strings: true (or type: chat_template in this dataset) to write them with it"
     )
     for keys, entry in (({"orpo_template_strings": True}, {}), ({}, {"type": "chat_template"})):
         templated = tokenized(tmp_path, ROWS, {"chat_template": "chatml", **entry}, **keys)

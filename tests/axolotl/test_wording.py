@@ -48,7 +48,7 @@ def renamed(row: dict[str, str]) -> dict[str, str]:
     return {"question": row["prompt"], "accepted": row["chosen"], "worse": row["rejected"]}
 
 
-# rows, settings, the message and the keys in it that mend it
+# rows, settings, the message and the keys in it that fix it
 ADVICE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str]] = {
     "columns under other names": (
         [renamed(row) for row in ROWS],
@@ -109,7 +109,7 @@ ADVICE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", ADVICE)
-def test_the_keys_that_an_error_names_mend_it(name: str, tmp_path: Path) -> None:
+def test_the_keys_that_an_error_names_fix_it(name: str, tmp_path: Path) -> None:
     rows, settings, message, keys = ADVICE[name]
     with pytest.raises(ORPOError) as error:
         load(tmp_path, rows, **settings)
@@ -123,7 +123,7 @@ def test_the_keys_that_an_error_names_mend_it(name: str, tmp_path: Path) -> None
     ("rows", "settings", "message"),
     [
         (CONVERSATIONS, {}, "the tokenizer has no chat template: set chat_template, to chatml for one"),
-        (ROWS, {"orpo_template_strings": True}, "orpo_template_strings: true needs a chat template and the tokenizer"),
+        (ROWS, {"orpo_template_strings": True}, "orpo_template_strings: true needs a chat template, but the tokenizer"),
     ],
 )
 def test_a_chat_template_is_a_key(
@@ -139,7 +139,7 @@ def test_no_eos_token_is_a_key() -> None:
 
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"set special_tokens: \{eos_token: \.\.\.\} to what its chat"), yaml_words():
+    with pytest.raises(ConfigError, match=r"set special_tokens: \{eos_token: \.\.\.\} to the token that"), yaml_words():
         PairBuilder(tokenizer)
     tokenizer.chat_template = None
     message = r"set special_tokens: \{eos_token: \.\.\.\} to a token of its vocabulary$"
@@ -222,7 +222,7 @@ def test_the_log_is_in_these_words_only_meanwhile(caplog: pytest.LogCaptureFixtu
     assert said == ["a user's layout='x'. orpo_layout: auto goes on with 'padded'", "layout='auto'"]
 
 
-def test_the_trainers_errors_name_keys_that_mend_them(tmp_path: Path) -> None:
+def test_the_trainers_errors_name_keys_that_fix_them(tmp_path: Path) -> None:
     tiny.model("Bloom").save_pretrained(tmp_path / "model")  # ALiBi: a shared prompt is impossible
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     settings = {

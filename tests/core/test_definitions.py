@@ -98,7 +98,7 @@ def test_every_layout_has_the_same_loss_and_gradients(layout: str) -> None:
     model = tiny.model()
     expected = orpo_forward(model, batch(6))
     expected_gradients = gradients(expected.loss, model)
-    from orpo_plugins.hooks.plugins import best_layout
+    from orpo_plugins.layouts.auto import best_layout
 
     best_layout(layout, model)[0].prepare(model)
     out = orpo_forward(model, ORPOCollator(tiny.tokenizer(), max_length=512, layout=layout)(tiny.rows(6)))

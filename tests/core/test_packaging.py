@@ -54,6 +54,7 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(orpo_plugins, name).__doc__, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [None, "axolotl"])
 def test_a_star_import_leaves_out_what_needs_an_absent_framework(absent: str | None) -> None:
     # An entry of None in sys.modules is what Python takes for a package that is not installed.

@@ -148,7 +148,7 @@ def test_unasked_for_it_stays_an_error_that_names_the_option() -> None:
 
 
 def test_without_a_prompt_the_answers_beginning_is_unknown() -> None:
-    with pytest.raises(errors.RowError, match="no rejected answer, so where the answer begins is not known"):
+    with pytest.raises(errors.RowError, match="no rejected answer, so the beginning of the answer is not known"):
         prepare_dataset([{"chosen": "order gladly"}], tiny.tokenizer(), PairOptions(sft_rows=True))
 
 

@@ -17,6 +17,8 @@ from tests.kit import tiny
 from tests.kit.mistral import CALLS, DIALOGUE, FILES, MODES, ROW, STRINGS, TOOLS, file, prepared, saved, tokenizer, turn
 from tests.kit.training import trainer
 
+pytestmark = pytest.mark.slow
+
 
 def encoded(messages: list[dict[str, Any]], name: str, mode: str, tools: list[Any] | None = None) -> list[int]:
     """A request, or with mode "finetuning" a whole conversation, as mistral-common itself encodes it."""
@@ -132,8 +134,8 @@ def test_rows_without_a_rejected_answer() -> None:
         ({**STRINGS, "chosen": "tomorrow</s>"}, "v3", "column 'chosen' has a special token at the beginning or end"),
         ({**ROW, "chosen": [turn("assistant", "[TOOL_CALLS] tomorrow")]}, "v3", "column 'chosen' has a special token"),
         ({**ROW, "chosen": [turn("narrator", "so"), *ROW["chosen"]]}, "v3", "refuses the messages .*narrator"),
-        ({**ROW, "tools": TOOLS}, "v1", "row 0: the row has tools, but the tokenizer does not write them"),
-        ({**CALLS, "chosen": [*CALLS["chosen"], turn("user", "so"), turn("assistant", "no")]}, "v2", "not write all"),
+        ({**ROW, "tools": TOOLS}, "v1", "row 0: the row has tools, but the tokenizer leaves them out"),
+        ({**CALLS, "chosen": [*CALLS["chosen"], turn("user", "so"), turn("assistant", "no")]}, "v2", "leaves out some"),
         ({**ROW, "prompt": [turn("user", "hi"), turn("tool", "x"), turn("user", "y")]}, "v3", "tool_call_id"),
     ],
 )  # fmt: skip
@@ -143,7 +145,7 @@ def test_what_cannot_be_right_is_refused(row: dict[str, Any], name: str, message
 
 
 def test_what_cannot_be_set_up_is_refused() -> None:
-    with pytest.raises(ConfigError, match="MistralCommonBackend brings a chat format of its own, .* leave the call"):
+    with pytest.raises(ConfigError, match="MistralCommonBackend has a chat format of its own, .* do not call"):
         setup_chat_format(tiny.model(), tokenizer())
     with pytest.raises(ConfigError, match="MistralCommonBackend does not encode special tokens that stand in text"):
         prepared(STRINGS, tokenizer(), encoder_decoder=True)

@@ -92,7 +92,7 @@ def test_a_template_that_ends_answers_with_another_token_than_eos_is_warned_of_o
     assert split(result.pair.chosen, tokenizer)[1] == "sleeps<|im_end|>\n<|im_start|>"
     (message,) = caplog.messages
     assert message.startswith(
-        "the chat template ends an answer with '<|im_end|>', and the tokenizer's EOS token is '<|im_start|>'"
+        "the chat template ends an answer with '<|im_end|>', but the EOS token of the tokenizer is '<|im_start|>'"
     )
     assert "Set tokenizer.eos_token to '<|im_end|>' before training" in message
     assert message.endswith(f"eos_token_id={tokenizer.convert_tokens_to_ids('<|im_end|>')}")
@@ -289,7 +289,7 @@ def test_content_in_parts_is_a_string_where_the_template_reads_no_parts() -> Non
     ],
 )
 def test_half_a_surrogate_pair_anywhere_in_a_conversation_is_refused(row: dict[str, Any]) -> None:
-    with pytest.raises(RowError, match=r"holds '\\ud83d'.*half of a surrogate pair"):
+    with pytest.raises(RowError, match=r"contains '\\ud83d'.*half of a surrogate pair"):
         built(row)
 
 
@@ -362,10 +362,10 @@ def test_templated_text_that_cannot_be_told_from_the_prompt_is_refused(chosen: s
             {"prompt": [user("Q")], "chosen": [assistant("")], "rejected": [assistant("B")]},
             "the chosen answer is empty",
         ),
-        ({"prompt": "Q", "chosen": "<|im_end|>", "rejected": "B"}, "the chosen answer holds special tokens only"),
+        ({"prompt": "Q", "chosen": "<|im_end|>", "rejected": "B"}, "the chosen answer has special tokens only"),
         (
             {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("<s> <|im_end|>")]},
-            "the rejected answer holds special tokens only",
+            "the rejected answer has special tokens only",
         ),
         ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "chosen equals rejected"),
         ({"chosen": "Q: A", "rejected": "Q: A"}, "chosen equals rejected"),
@@ -401,7 +401,7 @@ def test_a_long_history_of_its_own_may_leave_no_room_for_an_answer() -> None:
         "chosen": [user("fox"), user("the dog " * 20), assistant("A")],
         "rejected": [user("fox"), user("it " * 20), assistant("B")],
     }
-    assert dropped(row, max_length=30) == "no room is left for the chosen answer"
+    assert dropped(row, max_length=30) == "truncation leaves no token of the chosen answer"
 
 
 # ---- what is refused
@@ -414,7 +414,7 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
         PairBuilder(tokenizer)
     templated = chatml_tokenizer()
     templated.eos_token = None
-    with pytest.raises(ConfigError, match="set tokenizer.eos_token to what its chat template ends an answer with$"):
+    with pytest.raises(ConfigError, match="set tokenizer.eos_token to the token that ends answers in its template$"):
         PairBuilder(templated)  # setup_chat_format would refuse it
     templated.eos_token = "<|im_end|>"
     PairBuilder(templated)

@@ -18,7 +18,7 @@ from orpo_plugins.data import dataset as preparation
 from orpo_plugins.data.dataset import prepare_dataset
 from orpo_plugins.data.pairs import PairBuilder
 from orpo_plugins.data.report import PreparationReport
-from orpo_plugins.data.tokenized_rows import COLUMNS, RowTokenizer, tokenized_row
+from orpo_plugins.data.row_tokenizer import COLUMNS, RowTokenizer, tokenized_row
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.options import PairOptions
 from tests.kit import ROOT
@@ -83,7 +83,7 @@ def test_every_kind_of_dataset_gives_the_same_rows_and_report(source: Any) -> No
     assert report.dropped == {
         "chosen equals rejected": [1],
         "the chosen answer is empty": [3],
-        "the rejected answer holds special tokens only": [4],
+        "the rejected answer has special tokens only": [4],
     }
     assert (report.prompt_truncated, report.chosen_truncated, report.rejected_truncated) == (0, 1, 0)
 
@@ -113,7 +113,7 @@ def test_a_list_stays_a_list_without_the_datasets_package(monkeypatch: pytest.Mo
 def test_several_processes_number_rows_alike() -> None:
     prepared, report = prepare_dataset(datasets.Dataset.from_list(ROWS), TOKENIZER, OPTIONS, num_proc=2)
     assert list(prepared) == kept(ROWS)
-    assert report.dropped["the rejected answer holds special tokens only"] == [4]
+    assert report.dropped["the rejected answer has special tokens only"] == [4]
 
 
 def test_the_cache_is_found_again_and_keeps_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +145,8 @@ def test_the_cache_is_found_again_and_keeps_the_report(tmp_path: Path, monkeypat
 
 def test_the_name_of_the_result_is_the_same_in_another_process() -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
         "import datasets\nfrom tests.data import test_preparation as t\n"
-        "from orpo_plugins.data.cache import fingerprint\nfrom orpo_plugins.data.tokenized_rows import RowTokenizer\n"
+        "from orpo_plugins.data.cache import fingerprint\nfrom orpo_plugins.data.row_tokenizer import RowTokenizer\n"
         "builder = RowTokenizer(t.TOKENIZER, t.OPTIONS).builder\n"
         "print(fingerprint(datasets.Dataset.from_dict({'a': [1]}), builder, print))"
     )
@@ -260,8 +259,8 @@ def test_the_summary_names_reasons_and_rows() -> None:
     _, report = prepare_dataset([*ROWS[:3], repeated, *equal], TOKENIZER, PairOptions(max_length=28), name="eval")
     assert report.summary().splitlines() == [
         "eval: 3 of 16 rows kept",
-        "  the answers of 1 rows held the whole conversation beside a prompt column; the column was left out there, so "
-        "that no prompt is trained twice: row 3",
+        "  the answers of 1 rows contained the complete conversation, so their prompt column was left out and "
+        "no prompt is trained twice: row 3",
         "  dropped 13: chosen equals rejected: rows 1, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 3 more",
     ]
 
@@ -283,8 +282,8 @@ PROMPT = "Human: please cancel my order Assistant:"
         ),
         (
             {"prompt": (q := "please cancel my order"), "chosen": f"{q}? yes", "rejected": f"{q}? no"},
-            "both answers of 1 rows begin with the text of their prompt, which is trained twice there. If they hold "
-            "the whole text, leave the prompt column out: what both share is the prompt then: row 1",
+            "both answers of 1 rows begin with the text of their prompt, so it is trained twice. If the answers "
+            "contain the complete text, remove the prompt column; then their common beginning is the prompt: row 1",
         ),
         ({"prompt": PROMPT, "chosen": " it", "rejected": " it"}, "dropped 1: chosen equals rejected: row 1"),
         ({"prompt": "fox " * 1100, "chosen": " it", "rejected": " no"}, "truncated: 1 prompts, 0 chosen"),

@@ -14,6 +14,8 @@ from orpo_plugins.options import PairOptions
 from tests.kit import SHARED_DATA
 from tests.kit.tokenizers import chatml_tokenizer, gpt2_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SHAREGPT, ALPACA = "dpo_en_demo.json", "politeness.json"
 
 

@@ -76,7 +76,7 @@ def test_the_report_counts_how_strings_were_read() -> None:
 
 
 def test_an_implicit_prompt_is_refused_because_it_may_hold_the_beginning_of_the_answers() -> None:
-    with pytest.raises(RowError, match=r"row 0: template_strings=True, and the row has no prompt column"):
+    with pytest.raises(RowError, match=r"row 0: template_strings=True, but the row has no prompt column"):
         prepared(IMPLICIT, template_strings=True)
     templated = {name: f"<|user|>{text}" for name, text in IMPLICIT.items()}
     assert prepared(templated, template_strings=True) == prepared(templated)
@@ -86,7 +86,7 @@ def test_an_implicit_prompt_is_refused_because_it_may_hold_the_beginning_of_the_
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:
-    message = "template_strings=True needs a chat template and the tokenizer has none: set tokenizer.chat_template"
+    message = "template_strings=True needs a chat template, but the tokenizer has none: set tokenizer.chat_template"
     with pytest.raises(ConfigError, match=re.escape(message)):
         ORPOCollator(tiny.tokenizer(None), template_strings=True)
 

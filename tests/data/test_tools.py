@@ -110,12 +110,12 @@ def test_sharegpts_calls_and_observations() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tools": "order"}, "row 4 (conversational): column 'tools' is str 'order', which is no JSON"),
+        ({"tools": "order"}, "row 4 (conversational): column 'tools' is str 'order', which is not valid JSON"),
         ({"tools": 3}, "column 'tools' is int 3, expected a list of JSON schemas, or the JSON text of one"),
         ({"tools": '{"a": 1}'}, "column 'tools' is str '{\"a\": 1}', expected a list of JSON schemas"),
         (
             {"prompt": [turn("user", "order"), {"from": "function_call", "value": "order()"}]},
-            "message 1 of column 'prompt' is str 'order()', which is no JSON",
+            "message 1 of column 'prompt' is str 'order()', which is not valid JSON",
         ),
         (
             {"prompt": [turn("user", "order"), {"from": "function_call", "value": "[]"}]},
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_named(changes: dict[str, Any], message: str) -> 
     ("row", "message"),
     [
         ({**ANSWERED, "prompt": [turn("user", "order")]}, "row 0: the row has tools, but the chat template does not"),
-        ({**ASKED, "tools": None}, "row 0: the messages hold tool_calls, but the chat template does not write them"),
+        ({**ASKED, "tools": None}, "row 0: the messages have tool_calls, but the chat template does not write them"),
     ],
 )
 def test_a_template_without_tools_is_an_error(row: dict[str, Any], message: str) -> None:

@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.kit import ROOT
 from tests.kit.compare import assert_all_within
 from tests.kit.launching import run_python
+
+pytestmark = pytest.mark.slow
 
 PAGE = (ROOT / "docs" / "how-to" / "adapter.md").read_text()
 TRAIN = """

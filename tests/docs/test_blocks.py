@@ -19,6 +19,8 @@ from tests.kit import ROOT, tiny
 from tests.kit.axolotl_runs import environment, write_config, write_rows
 from tests.kit.tutorial_programs import SIZES, conversations, dataset
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
 MODEL, DATASET = "Qwen/Qwen2.5-0.5B-Instruct", "trl-lib/ultrafeedback_binarized"
@@ -78,10 +80,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ---- Python
 
+# tests/hooks/test_plugins.py runs each example of docs/plugins.md by itself.
+PYTHON_PAGES = sorted({block.page for block in of("python")} - {ROOT / "docs" / "plugins.md"})
+
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # readers have an accelerator,
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")  # and so paged optimizers
-@pytest.mark.parametrize("page", sorted({b.page for b in of("python")}), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_of_a_page_runs(page: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block after block, in one namespace that has a `model`, its `tokenizer`, and `rows`."""
     monkeypatch.chdir(world)
@@ -175,9 +180,10 @@ def test_toml_is_valid(block: Block) -> None:
 
 
 def commands_of(block: Block) -> list[str]:
-    """The commands of a block, without comments, continuation lines joined."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [command for line in lines if (command := shlex.join(shlex.split(line, comments=True)))]
+    """The commands of a block, without comments and assignments, continuation lines joined."""
+    lines = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
+    commands = [shlex.join(word for word in words if not re.match(r"[A-Z_]+=", word)) for words in lines]
+    return [command for command in commands if command]
 
 
 COMMANDS = [(str(block), command) for block in of("bash") for command in commands_of(block)]
@@ -187,7 +193,7 @@ COMMANDS = [(str(block), command) for block in of("bash") for command in command
 def test_a_command_is_one_that_its_program_takes(
     where: str, command: str, world: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    words = shlex.split(command)
     monkeypatch.chdir(world)
     if words[0] == "axolotl":
         if importlib.util.find_spec("axolotl") is None:

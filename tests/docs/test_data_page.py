@@ -8,8 +8,8 @@ import pytest
 
 from orpo_plugins.data.row_formats import orpo_row_formats
 from orpo_plugins.options import PairOptions
-from tests.kit import ROOT
-from tests.kit.tokenizers import gpt2_tokenizer, tiny_llama
+from tests.kit import ROOT, tiny
+from tests.kit.tokenizers import gpt2_tokenizer
 
 TEXT = (ROOT / "docs" / "data.md").read_text()
 
@@ -17,7 +17,7 @@ TEXT = (ROOT / "docs" / "data.md").read_text()
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "the fox", "chosen": f" jumps {i}", "rejected": " sleeps"} for i in range(4)]
     tokenizer = gpt2_tokenizer()
-    names: dict[str, Any] = {"rows": rows, "tokenizer": tokenizer, "model": tiny_llama(len(tokenizer))}
+    names: dict[str, Any] = {"rows": rows, "tokenizer": tokenizer, "model": tiny.model(vocab_size=len(tokenizer))}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(block, names)
     assert capsys.readouterr().out == "train: 4 of 4 rows kept\n"

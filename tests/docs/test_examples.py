@@ -10,6 +10,8 @@ import pytest
 from tests.kit import ROOT
 from tests.kit.launching import environment
 
+pytestmark = pytest.mark.slow
+
 COMMAND = "from orpo_plugins.integrations.cli import main; import sys; sys.exit(main())"
 
 

@@ -15,6 +15,8 @@ from tests.kit import tutorial_programs as tutorials
 from tests.kit.compare import assert_within
 from tests.kit.training import trainer
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTED = (
     "rewards/chosen rewards/rejected rewards/accuracies rewards/margins log_odds_chosen log_odds_ratio nll_loss "
     "logps/chosen logps/rejected logits/chosen logits/rejected"
@@ -77,15 +79,15 @@ def test_the_kaggle_article(tmp_path: Path) -> None:
     model = tutorials.chat_model(tmp_path / "model")
     data = tutorials.dataset(tmp_path / "data", TRUTHY)
     said = tutorials.run(tmp_path, str(tutorials.PROGRAMS / "truthy_dpo.py"), model, data, "out")
-    assert "the answers of 8 rows held the whole conversation beside a prompt column" in said
-    assert "so that no prompt is trained twice" in said
+    assert "the answers of 8 rows contained the complete conversation, so their prompt column" in said
+    assert "was left out and no prompt is trained twice" in said
     assert [entry["step"] for entry in tutorials.log_of(tmp_path / "out") if "loss" in entry] == [1, 2]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
 
 
 def test_its_templated_rows_are_trained_as_the_conversations_that_they_were() -> None:
     pytest.importorskip("peft")
-    from orpo_plugins.data.tokenized_rows import RowTokenizer
+    from orpo_plugins.data.row_tokenizer import RowTokenizer
     from orpo_plugins.options import PairOptions
 
     tokenizer = tiny.tokenizer()

@@ -23,6 +23,7 @@ from orpo_plugins.hooks import specs as hookspecs
 from orpo_plugins.hooks.offers import _PARTS
 from orpo_plugins.kernels import chunked, reference
 from orpo_plugins.layouts import padded
+from orpo_plugins.layouts.auto import best_layout
 from tests.kit import ROOT, tiny, training
 from tests.kit.kernel_cases import make_case, run_case
 
@@ -125,16 +126,19 @@ def trained(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return run(PROGRAM, site, str(folder), json.dumps(options))
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_named_with_its_version(trained: dict[str, Any]) -> None:
     (line,) = trained["active"]
     assert "kernel=double, layout=few_widths" in line
     assert line.endswith("; plugin example (orpo-example-plugin 0.1.0)")
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_row_format(trained: dict[str, Any]) -> None:
     assert trained["text"] == trained["row"]["question"] + "? "
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_kernel_a_loss_term_and_a_metric(trained: dict[str, Any]) -> None:
     for entry in trained["logged"][:2]:
         chosen, rejected = entry["logps/chosen"], entry["logps/rejected"]
@@ -145,6 +149,7 @@ def test_an_installed_package_adds_a_kernel_a_loss_term_and_a_metric(trained: di
         assert entry["length_gap"] == entry["answer_tokens/chosen"] - entry["answer_tokens/rejected"]
 
 
+@pytest.mark.slow
 def test_an_error_of_an_installed_package_reads_as_documented(trained: dict[str, Any]) -> None:
     assert trained["message"].startswith("row 7 (quiz): plugin example (orpo-example-plugin 0.1.0), hook orpo_row_form")
     assert trained["message"] in " ".join(DOCUMENT.split())
@@ -187,7 +192,7 @@ def test_an_unknown_name_to_block_lists_the_installed_ones(
 )
 def test_an_entry_point_that_cannot_be_loaded_is_named(install: Callable[..., None], code: str, reason: str) -> None:
     install("mine", code)
-    way_out = r"Mend the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
+    way_out = r"Fix the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
     message = rf"(?s)plugin mine \(acme-orpo 1.2\) cannot be loaded from 'acme_orpo': {reason}.*\. {way_out}"
     with pytest.raises(errors.PluginError, match=message) as raised:
         get_plugin_manager()
@@ -206,11 +211,20 @@ def test_a_hook_that_raises_names_the_package_and_stops(install: Callable[..., N
     install("mine", "from orpo_plugins import hookimpl\n@hookimpl\ndef orpo_kernels(): return [][0]")
     message = (
         r"plugin mine \(acme-orpo 1.2\), hook orpo_kernels raised IndexError: list index out of range. "
-        r"Mend the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
+        r"Fix the plugin, or keep it out with ORPO_PLUGINS_BLOCK=mine"
     )
     with pytest.raises(errors.PluginError, match=message) as raised:
         run_case(make_case())
     assert isinstance(raised.value.__cause__, IndexError)
+
+
+def test_a_hook_is_reported_whatever_it_raises(register: Callable[..., None]) -> None:
+    def hook() -> Any:
+        raise errors.ConfigError("set ACME_HOME")
+
+    register(orpo_layouts=hook)
+    with pytest.raises(errors.PluginError, match=r"mine .*, hook orpo_layouts raised ConfigError: set ACME_HOME\. Fix"):
+        plugins.layout("padded")
 
 
 # ---- errors of plugins
@@ -275,7 +289,7 @@ def parts(function: Callable[..., Any]) -> dict[str, tuple[str, Any, Callable[[]
         "unsupported of Layout": (
             "orpo_layouts",
             layout(unsupported=function, priority=99),
-            lambda: plugins.best_layout("auto", tiny.model()),
+            lambda: best_layout("auto", tiny.model()),
         ),
     }
 
@@ -285,7 +299,7 @@ def test_a_plugins_function_that_raises_is_named(register: Callable[..., None], 
     hook, part, call = parts(broken)[name]
     register(**{hook: lambda: [part]})
     place = rf"plugin mine \(registered in this process\), hook {hook}: {name} 'x' raised KeyError: 'mistake'"
-    way_out = r"Mend the plugin, or leave out the call of register\(\) that brings it in"
+    way_out = r"Fix the plugin, or leave out the call of register\(\) that brings it in"
     with pytest.raises(errors.PluginError, match=rf"{place}\. {way_out}$") as raised:
         call()
     assert isinstance(raised.value.__cause__, KeyError)
@@ -307,7 +321,7 @@ def test_a_plugins_function_that_returns_nothing_is_named(
 ) -> None:
     hook, part, call = parts(silent)[name]
     register(**{hook: lambda: [part]})
-    with pytest.raises(errors.PluginError, match=rf"hook {hook}: {name} 'x' returned None, not {expected}\. Mend"):
+    with pytest.raises(errors.PluginError, match=rf"hook {hook}: {name} 'x' returned None, not {expected}\. Fix"):
         call()
 
 
@@ -334,7 +348,7 @@ def test_a_hook_that_returns_something_else_is_named(
     register: Callable[..., None], returned: Any, message: str
 ) -> None:
     register(orpo_kernels=lambda: returned)
-    with pytest.raises(errors.PluginError, match=rf"{message}.*\. Mend the plugin"):
+    with pytest.raises(errors.PluginError, match=rf"{message}.*\. Fix the plugin"):
         run_case(make_case())
 
 
@@ -363,6 +377,11 @@ def test_a_row_that_a_plugins_format_refuses_is_an_error_of_the_row(register: Ca
     register(orpo_row_formats=lambda: [made])
     with pytest.raises(errors.RowError, match=r"^row 5 \(x\): column 'good' is empty: drop the row$"):
         parse_row({}, 5)
+
+
+def test_every_method_of_a_layout_is_guarded() -> None:
+    methods = {name for name in dir(hooks.Layout) if name[0] != "_" and callable(getattr(hooks.Layout, name))}
+    assert methods == _PARTS["orpo_layouts"][1].keys()
 
 
 # ---- built-in parts
@@ -518,6 +537,18 @@ def test_what_is_announced_is_what_runs(
     assert bool(calls) == bf16
 
 
+def test_a_kernel_that_cannot_be_known_beforehand_is_not_announced(tmp_path: Path) -> None:
+    from orpo_plugins.integrations.hf_run_start import expected_kernel
+
+    offloaded, args = tiny.model().to("meta"), training.config(tmp_path)
+    announced = "auto (chosen at the first batch, as lm_head is sharded or offloaded now)"
+    assert expected_kernel("auto", offloaded, args) == announced
+    assert expected_kernel("auto", tiny.model(), args) == "chunked"
+    assert expected_kernel("triton", offloaded, args) == "triton"
+    with pytest.raises(errors.ConfigError, match="kernel 'triton' cannot be used for float32 on cpu: it needs a CUDA"):
+        expected_kernel("triton", tiny.model(), args)
+
+
 # ---- the document
 
 
@@ -544,16 +575,17 @@ def test_every_hook_is_documented_with_its_signature_and_all_fields(hook: str) -
         assert name.startswith("_") or f"| `{name}" in section(hook), name
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # readers have an accelerator
 @pytest.mark.parametrize("hook", HOOKS)
-def test_every_hook_has_an_example_that_runs(hook: str, tmp_path: Path) -> None:
+def test_every_hook_has_an_example_that_runs(hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = examples(section(hook))
     assert blocks, f"docs/plugins.md has no example for {hook}"
     manager = get_plugin_manager()
     for block in blocks:
         before = manager.get_plugins()
-        names = {"model": tiny.model(), "tokenizer": tiny.tokenizer(), "rows": tiny.rows(4)}
         try:
-            exec(block, {**names, "args": training.config(tmp_path, max_steps=1)})
+            exec(block, {"model": tiny.model(), "tokenizer": tiny.tokenizer(), "rows": tiny.rows(4)})
             (plugin,) = manager.get_plugins() - before
             assert [called.name for called in manager.get_hookcallers(plugin) or []] == [hook]
         finally:

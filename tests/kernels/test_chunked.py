@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_plugins.hooks.types import HeadOptions, Objective
-from orpo_plugins.kernels import chunked, tiling
+from orpo_plugins.kernels import chunked, hidden_gradient, tiling
 from orpo_plugins.kernels.products import in_blocks, times_transposed
 from orpo_plugins.kernels.reference import reference_head
+from orpo_plugins.kernels.tile_steps import TorchSteps
 from orpo_plugins.targets import Targets
 from tests.kit.compare import assert_all_within, assert_within, relative_difference
 from tests.kit.kernel_cases import Case, make_case, run_case
@@ -76,6 +77,50 @@ def test_equals_the_reference_in_fp32(shape, transform, budget, tile_sizes):
     assert_same(actual, in_float64(case, **transform), tolerance)
 
 
+class AlignedSteps(TorchSteps):
+    """As on a GPU: rows of tiles begin at multiples of 16, and the number of targets is a multiple of 16."""
+
+    alignment = 16
+
+    def scan(self, tile, running, out):
+        self.check(tile.products)
+        if out is not None:
+            self.check(out)
+        return super().scan(tile, running, out)
+
+    def gradient(self, tile, running_max, target_entry, coefficients, out):
+        self.check(tile.products)
+        self.check(out)
+        super().gradient(tile, running_max, target_entry, coefficients, out)
+
+    @staticmethod
+    def check(rows):
+        assert rows.stride(1) == 1
+        assert rows.stride(0) % 16 == rows.storage_offset() % 16 == 0
+
+
+@pytest.mark.parametrize("budget", [0, 2**26], ids=["tiles computed again", "tiles kept"])
+@pytest.mark.parametrize("order", ["in place", "beside"])
+@pytest.mark.parametrize("shape", RAGGED.values(), ids=RAGGED)
+def test_tiles_with_aligned_rows_give_the_same(monkeypatch, shape, order, budget):
+    monkeypatch.setitem(chunked.chunked_head.keywords, "steps", AlignedSteps)
+    monkeypatch.setattr(hidden_gradient, "_SPARE_ON_CPU", 0 if order == "in place" else 2**24)
+    sizes = {"targets": 32, "columns": 64, "grad_targets": 48, "grad_columns": 24}
+    planned = tiling.Tiling.plan
+    counts = []
+
+    def cut(count, weight, options, **named):
+        counts.append(count)
+        kept = planned(count, weight, options, **named).kept
+        return tiling.Tiling(**sizes, kept=min(kept, math.ceil(len(weight) / 64)))
+
+    monkeypatch.setattr(tiling.Tiling, "plan", cut)
+    case = make_case(**shape)
+    tolerance = FP32 * (40 if shape.get("scale", 1.0) > 1 else 4)
+    assert_same(run_case(case, kernel="chunked", memory_budget=budget), in_float64(case), tolerance)
+    assert counts[0] % 16 == 0
+
+
 @pytest.mark.parametrize("layout", ["as they lie", "left with gaps", "right with gaps", "transposed"])
 def test_long_sums_in_fp32_are_within_some_roundings_of_float64(layout):
     torch.manual_seed(0)
@@ -132,7 +177,7 @@ def test_16_bit_errors_are_no_larger_than_those_of_the_reference_in_the_same_dty
         assert gradient.dtype == dtype
         ours = relative_difference(gradient, expected[1][name])
         theirs = relative_difference(peer[1][name], expected[1][name])
-        # A kept tile is rounded before its line's coefficient is known, which is then rounded as well.
+        # A kept tile is rounded before its targets' coefficients are known, which are then rounded as well.
         allowed = 1.3 if budget and name == "weight" else 1.05
         assert ours <= allowed * theirs, f"{name}: {ours:.2e} against {theirs:.2e}"
 
@@ -184,7 +229,7 @@ def test_few_targets_take_no_wide_tiles():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("budget", [0, None, 2**26])
-def test_no_line_at_all_gives_gradients_of_zero(dtype, budget):
+def test_no_target_at_all_gives_gradients_of_zero(dtype, budget):
     nothing = torch.zeros(0, dtype=torch.int64)
     targets = Targets(
         positions=nothing,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,20 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kit import ROOT, tiny
+from tests.kit import tiny
+from tests.kit.launching import environment
 
 
 def needs_axolotl() -> None:
     """Skips the calling module where Axolotl is not installed; importing it here would also load its plugins."""
     if importlib.util.find_spec("axolotl") is None:
         pytest.skip("Axolotl is not installed: pip install 'orpo-plugins[axolotl]'", allow_module_level=True)
-
-
-def environment() -> dict[str, str]:
-    """Offline, without telemetry (with it and without a network the command never exits), one thread."""
-    quiet = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-    return {**os.environ, **quiet, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def axolotl(command: str, config: Path, *arguments: str, succeeds: bool = True) -> str:

@@ -13,13 +13,14 @@ from tests.kit import ROOT
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, offline, one thread, with the package importable."""
+    """This process's environment with the package importable, one thread, offline, and without Axolotl's telemetry."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",  # else, without a network, the command never exits
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -1,5 +1,6 @@
 """mistral-common's tokenizers, and rows for them."""
 
+import functools
 import importlib.util
 import shutil
 from pathlib import Path
@@ -38,6 +39,7 @@ def file(name: str) -> Path:
     return Path(str(mistral_common.__file__)).parent / "data" / FILES[name]
 
 
+@functools.cache  # reading one takes more than a second
 def tokenizer(name: str = "tekken", mode: str = "test") -> Any:
     from transformers.tokenization_mistral_common import MistralCommonBackend
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.kit.tokenizers import trained
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
@@ -18,16 +19,7 @@ WORDS = ("refund", "order", "parcel", "invoice", "gladly", "sorry", "today", "pl
 
 def tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE of about 300 tokens, whose chat template opens with BOS and closes each message with EOS."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    inner = trained([" ".join(WORDS)], byte_level=True, special=list(SPECIAL), vocab_size=320)
     made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     made.chat_template = chat_template
     return made

@@ -1,8 +1,7 @@
 """Small tokenizers of three kinds, trained on the spot."""
 
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -21,7 +20,8 @@ _CORPUS = (
 )
 
 
-def _trained(*, byte_level: bool, special: list[str], vocab_size: int) -> Any:
+def trained(corpus: Sequence[str], *, byte_level: bool, special: list[str], vocab_size: int) -> Any:
+    """A BPE of `tokenizers`, byte-level as GPT-2's or with `▁` for spaces as Llama 2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if byte_level:
@@ -33,7 +33,7 @@ def _trained(*, byte_level: bool, special: list[str], vocab_size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    inner.train_from_iterator(_CORPUS * 3, trainer)
+    inner.train_from_iterator([*corpus] * 3, trainer)
     return inner
 
 
@@ -42,7 +42,7 @@ def chatml_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]
-    inner = _trained(byte_level=True, special=special, vocab_size=420)
+    inner = trained(_CORPUS, byte_level=True, special=special, vocab_size=420)
     made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>")
     made.chat_template = CHATML
     return made
@@ -53,7 +53,7 @@ def inst_tokenizer() -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    inner = _trained(byte_level=False, special=["<unk>", "<s>", "</s>"], vocab_size=300)
+    inner = trained(_CORPUS, byte_level=False, special=["<unk>", "<s>", "</s>"], vocab_size=300)
     inner.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", inner.token_to_id("<s>"))]
     )
@@ -68,21 +68,6 @@ def gpt2_tokenizer() -> Any:
     """Byte-level BPE whose only special token is `<|endoftext|>`: no pad token, no chat template."""
     from transformers import PreTrainedTokenizerFast
 
-    inner = _trained(byte_level=True, special=["<|endoftext|>"], vocab_size=400)
+    inner = trained(_CORPUS, byte_level=True, special=["<|endoftext|>"], vocab_size=400)
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=end, eos_token=end, unk_token=end)
-
-
-def tiny_llama(vocab_size: int, **changes: Any) -> Any:
-    """A Llama of two layers, seeded, in fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**sizes, **changes}))

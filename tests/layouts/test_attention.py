@@ -1,10 +1,12 @@
 """The span attention against one softmax per row, and inside models: windows, soft-caps, sinks, checkpointing."""
 
-from types import SimpleNamespace
+import functools
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from transformers import modeling_flash_attention_utils
 
 from orpo_plugins.errors import ModelError
 from orpo_plugins.forward import orpo_forward
@@ -12,6 +14,7 @@ from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Pair, TokenSequence
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.spans import Span, Spans
 from orpo_plugins.models.router import router_coefficient
 from tests.kit.compare import assert_all_within, assert_within
@@ -86,7 +89,7 @@ def test_long_spans_in_calls_of_512_rows_are_those_of_one_call(monkeypatch):
     for options in ({}, {"window": 300}, {"softcap": 2.0}):
         found = attention.attend(*tensors, Spans(spans=spans), **options)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_rows_at_once", lambda length, *_: length)
+            patch.setattr(attention, "_block_size", lambda length, *_: length)
             assert_within(found, attention.attend(*tensors, Spans(spans=spans), **options), 1e-12)
 
 
@@ -107,17 +110,23 @@ def test_dropout_keeps_the_mean():
     assert_within(torch.stack(runs).mean(0), attention.attend(query, key, value, Spans(spans=SPANS)), 0.05)
 
 
-def varlen_by_definition(query, key, value, queries, keys, longest_query, longest_key, settings):
+def varlen_by_definition(
+    query, key, value, queries, keys, longest_query, longest_key, *, scale=None, left=-1, softcap=0.0
+):
     """What flash attention promises: [T, heads, d], causal from the end of both lengths."""
     assert longest_query == int(queries.diff().max())
     assert longest_key == int(keys.diff().max())
+    assert queries.dtype == keys.dtype == torch.int32
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = []
     for q0, q1, k0, k1 in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
         distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)[None]
-        seen = (distance >= 0) & (distance < (settings.window or 10**9))
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=settings.scale, enable_gqa=True)
-        parts.append(out[0].transpose(0, 1))
+        seen = (distance >= 0) & (distance <= (10**9 if left < 0 else left))
+        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        scores = q @ k.mT * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        parts.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -126,16 +135,245 @@ def test_one_variable_length_call_gets_the_right_lengths_and_keys(monkeypatch, w
     inputs = [x.requires_grad_() for x in qkv()]
     expected = attention.attend(*inputs, Spans(spans=SPANS), window=window)
     gradients = torch.autograd.grad(expected.square().sum(), inputs)
-    monkeypatch.setattr(attention, "_varlen", lambda *_: varlen_by_definition)
+    varlen = functools.partial(varlen_by_definition, left=-1 if window is None else window - 1)
+    monkeypatch.setattr(attention, "_varlen", lambda *_: varlen)
     found = attention.attend(*inputs, Spans(spans=SPANS), window=window)
     assert_within(found, expected, 1e-12)
     for one, other in zip(torch.autograd.grad(found.square().sum(), inputs), gradients, strict=True):
         assert_within(one, other, 1e-12)
 
 
+# The signatures of every version, computed by definition.
+
+
+def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal
+    assert query.shape[1] == key.shape[1]
+    return varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+def torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert window_size[1] == 0
+    assert query.shape[1] == key.shape[1]
+    left = window_size[0]
+    return varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, left=left)
+
+
+def torch_2_12(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    left = window_size[0]
+    return varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, left=left)
+
+
+def flash_attn_2(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    assert causal
+    assert not (dropout_p and softcap)  # "Softcapping does not support dropout for now"
+    options = {"scale": softmax_scale, "left": window_size[0], "softcap": softcap}
+    return varlen_by_definition(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
+
+def flash_attn_3(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+):
+    assert causal
+    options = {"scale": softmax_scale, "left": window_size[0], "softcap": softcap}
+    return varlen_by_definition(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
+
+def flash_attn_4(
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    score_mod=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
+    cu_total_m_blocks=None,
+    cu_total_n_blocks=None,
+    aux_tensors=None,
+    return_lse=False,
+):
+    assert causal
+    assert not softcap
+    options = {"scale": softmax_scale, "left": -1 if window_size[0] is None else window_size[0]}
+    out = varlen_by_definition(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    return out, None
+
+
+def on_a_gpu(monkeypatch, *, own=None, flash_attn=None, chosen=None):
+    """A device with these functions for variable lengths; returns the list of those that are called."""
+    calls = []
+
+    def counted(function):
+        @functools.wraps(function)  # keeps the signature
+        def call(*args, **kwargs):
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        return function and call
+
+    modules = {"torch.nn.attention.varlen": counted(own), "flash_attn": counted(flash_attn)}
+    monkeypatch.setattr(attention, "_runs_flash_attention", lambda device: True)
+    monkeypatch.setattr(attention, "_import", lambda module, name: modules[module])
+    if chosen is not None:
+        place = {flash_attn_3: "flash_attn_interface", flash_attn_4: "flash_attn.cute"}[chosen]
+        functions = dict.fromkeys(("flash_attn_func", "flash_attn_with_kvcache"))
+        for name in {place, place.partition(".")[0]}:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[place]).update(functions, flash_attn_varlen_func=counted(chosen))
+        monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    return calls
+
+
+def in_bf16(**options):
+    """Attention and gradients in bf16, beside the definition of the same numbers in fp64."""
+    implementation = {"implementation": options.pop("implementation")} if "implementation" in options else {}
+    inputs = [x.bfloat16().requires_grad_() for x in qkv(groups=options.pop("groups", 2))]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found = attention.attend(*inputs, Spans(spans=SPANS), **implementation, **options)
+    expected = one_row_at_a_time(*wide, **options)
+    assert_within(found, expected, 2e-2)
+    found_gradients = torch.autograd.grad(found.double().square().sum(), inputs)
+    for one, other in zip(found_gradients, torch.autograd.grad(expected.square().sum(), wide), strict=True):
+        assert_within(one, other, 0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 8**-0.5}, {"groups": 4}, {"window": 3}, {"scale": 0.7}, {"window": 3, "scale": 0.7}]
+)
+@pytest.mark.parametrize("version", [torch_2_10, torch_2_11, torch_2_12])
+def test_every_version_of_torchs_function_is_called_with_what_it_has(monkeypatch, version, options):
+    calls = on_a_gpu(monkeypatch, own=version)
+    in_bf16(**options)
+    missing = version is torch_2_10 and ("window" in options or options.get("scale") == 0.7)
+    assert calls == ([] if missing else [version])
+
+
+def test_the_installed_torch_has_a_function_that_takes_everything():
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has had it since 2.10")
+    settings = attention._VarlenOptions(scale=0.7, dropout=0.0, window=3, softcap=None)
+    call = attention.torch_varlen(varlen.varlen_attn, 8, settings, grouped=True)
+    assert call.keywords == {"scale": 0.7, "window_size": (2, 0), "enable_gqa": True}
+
+
+@pytest.mark.parametrize("version", [torch_2_10, torch_2_11])
+def test_flash_attn_comes_before_a_function_that_needs_repeated_heads(monkeypatch, version):
+    calls = on_a_gpu(monkeypatch, own=version, flash_attn=flash_attn_2)
+    in_bf16()
+    in_bf16(groups=4)
+    assert calls == [flash_attn_2, version]
+
+
+@pytest.mark.parametrize(
+    ("options", "called"),
+    [
+        ({}, torch_2_12),
+        ({"softcap": 2.0}, flash_attn_2),
+        ({"softcap": 2.0, "window": 3, "scale": 0.7}, flash_attn_2),
+    ],
+)
+def test_soft_capped_scores_take_flash_attn(monkeypatch, options, called):
+    calls = on_a_gpu(monkeypatch, own=torch_2_12, flash_attn=flash_attn_2)
+    in_bf16(**options)
+    assert calls == [called]
+
+
+def test_soft_capped_scores_without_flash_attn_are_written_out(monkeypatch):
+    calls = on_a_gpu(monkeypatch, own=torch_2_12)
+    in_bf16(softcap=2.0)
+    assert calls == []
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "softcap": 2.0}, {"dropout": 0.1}])
+def test_attention_dropout_takes_flash_attn(monkeypatch, options):
+    calls = on_a_gpu(monkeypatch, own=torch_2_12, flash_attn=flash_attn_2)
+    attention.attend(*(x.bfloat16() for x in qkv()), Spans(spans=SPANS), **options)
+    assert calls == {0: [torch_2_12], 1: [flash_attn_2], 2: []}[len(options)]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"scale": 0.7, "groups": 4}, {"softcap": 2.0}])
+@pytest.mark.parametrize("chosen", [flash_attn_3, flash_attn_4])
+def test_the_flash_attention_that_the_user_chose_comes_first(monkeypatch, chosen, options):
+    calls = on_a_gpu(monkeypatch, own=torch_2_12, chosen=chosen)
+    in_bf16(**options, implementation=f"flash_attention_{chosen.__name__[-1]}")
+    assert calls == ([] if "softcap" in options and chosen is flash_attn_4 else [chosen])
+
+
 def test_spans_that_stand_alone_need_no_gathering():
     alone = Spans(spans=(Span(0, 4, 0, 0), Span(4, 2, 0, 0)))
-    assert attention._offsets(alone, torch.device("cpu")).key_rows is None
+    assert attention._offsets(alone, torch.device("cpu")).gathered_keys is None
 
 
 def test_masks_are_made_once_per_batch():
@@ -220,11 +458,11 @@ def test_prompt_learning_is_refused():
 
     made = get_peft_model(model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
     assert layout_support.unsupported(made) == "the prompt tuning adapter puts virtual tokens before every sequence"
-    assert plugins.best_layout("auto", made)[0].name == "padded"
+    assert best_layout("auto", made)[0].name == "padded"
 
 
 def test_auto_takes_shared_where_the_model_allows_it():
-    layout, passed_over = plugins.best_layout("auto", model())
+    layout, passed_over = best_layout("auto", model())
     assert (layout.name, passed_over) == ("shared", {})
 
 
@@ -274,7 +512,7 @@ def test_a_layer_that_drops_the_keyword_fails_loudly():
         return args, {name: value for name, value in kwargs.items() if name != "orpo_spans"}
 
     made.model.layers[1].self_attn.register_forward_pre_hook(drop, with_kwargs=True)
-    with pytest.raises(ModelError, match="LlamaAttention was not given the keyword 'orpo_spans'"):
+    with pytest.raises(ModelError, match="LlamaAttention did not get the keyword 'orpo_spans'"):
         step(made, "shared")
 
 
@@ -285,9 +523,13 @@ def test_a_layer_that_drops_the_keyword_fails_loudly():
         ("Bloom", {}, "BloomForCausalLM takes no position_ids"),
         ("Falcon", {}, "FalconAttention does not go through transformers' AttentionInterface (layer 0)"),
         ("Mamba", {}, "MambaForCausalLM takes no position_ids"),
-        ("Qwen3Next", {"layer_types": ["linear_attention"] * 2}, "its linear attention layers are something else"),
+        (
+            "Qwen3Next",
+            {"layer_types": ["linear_attention"] * 2},
+            "its linear attention layers are not softmax attention",
+        ),
         ("StableLm", {}, "StableLmDecoderLayer does not pass keyword arguments on to its attention"),
-        ("Phimoe", {"sliding_window": 4}, "PhimoeAttention has a sliding window in its mask alone"),
+        ("Phimoe", {"sliding_window": 4}, "PhimoeAttention has a sliding window only in its mask"),
         ("Qwen2Moe", {"use_sliding_window": True, "max_window_layers": 2}, "Qwen2MoeAttention has a sliding window"),
     ],
 )
@@ -307,16 +549,17 @@ def test_an_unknown_attention_implementation_keeps_its_meaning():
 
     AttentionInterface.register("mine", sdpa_attention_forward)
     assert layout_support.unsupported(model(implementation="mine")).startswith(
-        "its attention implementation 'mine' may mean something else than softmax attention"
+        "its attention implementation 'mine' may not compute softmax attention"
     )
 
 
 def test_other_modules_are_refused():
     assert layout_support.unsupported(torch.nn.Linear(2, 2)) == (
-        "Linear is no transformers model, whose attention function could be replaced"
+        "Linear is no transformers model, so its attention function cannot be replaced"
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
 def test_a_compiled_model_stays_exact_and_does_not_compile_for_every_batch(kernel):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orpo_plugins.data.lengths import token_costs
 from orpo_plugins.data.pairs import BuiltPair
-from orpo_plugins.data.tokenized_rows import tokenized_row
+from orpo_plugins.data.row_tokenizer import tokenized_row
 from orpo_plugins.errors import ConfigError
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts.batches import PairBatches
@@ -205,13 +205,14 @@ def test_what_fills_no_batch_is_dropped_where_asked() -> None:
         (
             [10, 30],
             {"max_tokens_per_batch": 20},
-            "row 1 of those kept takes 30 tokens by itself, more than max_tokens_per_batch=20: lower max_length",
+            "row 1 of the prepared dataset takes 30 tokens by itself, more than max_tokens_per_batch=20: "
+            "lower max_length",
         ),
         (
             [10] * 8,
             {"gradient_accumulation_steps": 2, "max_tokens_per_batch": 35},
-            "the 8 pairs of one step take 80 tokens, which 2 batches of at most max_tokens_per_batch=35 cannot hold "
-            r"\(the fullest would have 40\): raise gradient_accumulation_steps",
+            "the 8 pairs of one step take 80 tokens. They do not fit into 2 batches of at most "
+            "max_tokens_per_batch=35: the largest batch would have 40 tokens. Raise gradient_accumulation_steps",
         ),
         ([1], {"pairs_per_batch": 0}, "pairs_per_batch is 0"),
         ([1], {"ranks": 2, "rank": 2}, "rank is 2: it must be one of the 2 ranks"),

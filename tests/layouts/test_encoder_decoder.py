@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors, orpo_forward
 from orpo_plugins.data.dataset import prepare_dataset
-from orpo_plugins.hooks import plugins
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import targets_of
 from tests.kit import tiny
@@ -29,6 +29,7 @@ def loss_and_gradients(model: PreTrainedModel, kernel: str) -> tuple[torch.Tenso
 # ---- numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["t5", "t5 1.1", "bart"])
 def test_loss_gradients_and_metrics_are_those_of_trl(name: str, accumulation: int, tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(name: str, accumulation: in
     )
 
 
+@pytest.mark.slow
 def test_conversations_are_those_of_trl(tmp_path: Path) -> None:
     conversations = tiny.conversations(8)
     compare(lambda: build("t5"), conversations, tmp_path, "auto", make_tokenizer=tokenizer, max_completion_length=128)
@@ -129,7 +131,7 @@ def test_each_side_has_a_limit_of_its_own_and_keeps_its_special_tokens() -> None
 
 def test_a_limit_without_room_for_text_drops_the_row() -> None:
     options = PairOptions(max_completion_length=1, encoder_decoder=True)
-    with pytest.raises(errors.ConfigError, match="no room is left for the chosen answer"):
+    with pytest.raises(errors.ConfigError, match="truncation leaves no token of the chosen answer"):
         prepare_dataset(tiny.rows(1), tokenizer(), options)
 
 
@@ -146,14 +148,14 @@ def test_tokenized_rows_pass_through() -> None:
 
 
 def test_auto_takes_seq2seq_and_says_why_not_the_others() -> None:
-    layout, passed_over = plugins.best_layout("auto", build("t5"))
+    layout, passed_over = best_layout("auto", build("t5"))
     assert layout.name == "seq2seq"
     assert passed_over.keys() == {"shared", "packed", "padded"}
     assert all("T5ForConditionalGeneration is an encoder-decoder model" in reason for reason in passed_over.values())
 
 
 def test_auto_says_nothing_of_seq2seq_for_a_decoder() -> None:
-    layout, passed_over = plugins.best_layout("auto", tiny.model())
+    layout, passed_over = best_layout("auto", tiny.model())
     assert layout.name == "shared"
     assert not passed_over
 
@@ -167,7 +169,7 @@ def test_auto_says_nothing_of_seq2seq_for_a_decoder() -> None:
 )
 def test_a_layout_that_does_not_fit_is_refused(name: str, model: Any, message: str) -> None:
     with pytest.raises(errors.ConfigError, match=f"layout '{name}' cannot be used here: {message}"):
-        plugins.best_layout(name, model())
+        best_layout(name, model())
 
 
 def test_a_batch_of_another_layout_is_refused() -> None:

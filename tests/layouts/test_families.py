@@ -17,6 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
 
 
+@pytest.mark.slow
 def test_no_family_is_silently_different_and_the_committed_verdicts_are_current():
     import transformers
 

@@ -15,13 +15,14 @@ from orpo_plugins.forward import orpo_forward
 from orpo_plugins.hooks import plugins
 from orpo_plugins.layouts import attention
 from orpo_plugins.layouts import support as layout_support
+from orpo_plugins.layouts.auto import best_layout
 from orpo_plugins.layouts.padded import Padded
 from tests.kit import tiny
 from tests.kit.laid_out import assert_equal_to_padded, model, random_pairs, step
 from tests.kit.training import trainer
 
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
-CONV_REASON = "its conv layers are something else than softmax attention over their sequence"
+CONV_REASON = "its conv layers are not softmax attention over their sequence"
 
 
 def batch(layout, pairs=None):
@@ -119,10 +120,12 @@ def test_an_implementation_of_ones_own_is_refused_before_and_after_preparing():
     step(prepared, "shared")
     prepared.set_attn_implementation("mine")
     for made in (model(implementation="mine"), prepared):
-        with pytest.raises(errors.ModelError, match=r"attention implementation 'mine' may mean .*layout='padded'"):
+        with pytest.raises(
+            errors.ModelError, match=r"attention implementation 'mine' may not compute .*layout='padded'"
+        ):
             orpo_forward(made, batch("shared"), kernel="reference")
         with (
-            pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which would not see"),
+            pytest.raises(errors.ModelError, match="has the attention implementation 'mine', which ignores"),
             attention.without_masks(made),
         ):
             pass
@@ -217,7 +220,7 @@ def ignoring(self, hidden_states, position_embeddings=None, attention_mask=None,
 
 def assert_refused(made, reason):
     assert layout_support.unsupported(made) == reason
-    assert plugins.best_layout("auto", made)[0].name == "padded"
+    assert best_layout("auto", made)[0].name == "padded"
     with pytest.raises(errors.ModelError, match="cannot run in the layout of this batch"):
         orpo_forward(made, batch("shared"), kernel="reference")
 
@@ -244,7 +247,7 @@ def test_a_name_that_was_only_taken_over_is_not_believed():
     made = model()
     patched = made.model.layers[0].self_attn
     patched.forward = types.MethodType(functools.wraps(patched.forward)(ignoring), patched)
-    reason = "the source of LlamaAttention.forward cannot be read, as where something replaced it at run time (layer 0)"
+    reason = "the source of LlamaAttention.forward cannot be read (probably replaced at run time) (layer 0)"
     assert_refused(made, reason)
     del ignoring.__wrapped__
 
@@ -255,7 +258,7 @@ def test_attention_made_from_a_string_is_refused():
     exec("def forward(self, hidden_states, **kwargs):\n    return hidden_states, None\n", space)
     patched = made.model.layers[2].self_attn
     patched.forward = types.MethodType(space["forward"], patched)
-    reason = "the source of LlamaAttention.forward cannot be read, as where something replaced it at run time (layer 2)"
+    reason = "the source of LlamaAttention.forward cannot be read (probably replaced at run time) (layer 2)"
     assert_refused(made, reason)
 
 
@@ -300,6 +303,7 @@ def subclassed(made):
         layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {"__module__": __name__})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 @pytest.mark.parametrize(
     "wrap", [hooked, compiled_layers, checkpointed_layers, compiled_forwards, decorated_forwards, subclassed]
@@ -348,7 +352,7 @@ def test_a_rewriting_that_is_not_the_one_known_is_refused_with_the_options(with_
         exec("def axolotl_attn_forward(self, hidden_states, **kwargs):\n    return hidden_states, None\n", space)
         monkeypatch.setattr(own, "forward", space["axolotl_attn_forward"])
     assert layout_support.unsupported(with_lora_kernels) == (
-        "the source of LlamaAttention.forward cannot be read, as where something replaced it at run time: set "
+        "the source of LlamaAttention.forward cannot be read (probably replaced at run time): set "
         "Axolotl's lora_qkv_kernel and lora_o_kernel to false (layer 0)"
     )
 

@@ -74,11 +74,12 @@ def with_unused_module(folder: Path) -> nn.Module:
 NOTHING_TO_TRAIN: dict[str, tuple[Callable[[Path], nn.Module], str]] = {
     "loaded": (loaded, r"no parameter of LlamaForCausalLM requires a gradient.*is_trainable=True"),
     "frozen": (frozen, r"no parameter of LlamaForCausalLM requires a gradient.*unfreeze what is to be trained"),
-    "disabled": (disabled, r"no parameter of LlamaForCausalLM requires a gradient.*switch it on if it was disabled"),
+    "disabled": (disabled, r"no parameter of LlamaForCausalLM requires a gradient.*enable it if it was disabled"),
     "unused": (with_unused_module, r"the loss depends on none of the 2 trainable parameters \(score.weight, …\)"),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", NOTHING_TO_TRAIN)
 def test_a_model_with_nothing_to_train_is_refused_before_the_first_step(
@@ -123,6 +124,7 @@ def test_the_loss_function_alone_is_told_so_by_the_graph(name: str, tmp_path: Pa
         made.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_following_the_advice_trains_the_adapter(reentrant: bool, tmp_path: Path) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -192,6 +194,7 @@ def test_a_model_that_sees_what_it_predicts_is_refused(name: str, kernel: str, d
         orpo_forward(BIDIRECTIONAL[name]().train().to(dtype), batch(), kernel=kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["auto", "padded"])
 @pytest.mark.parametrize("name", ["paligemma", "in training alone"])
 def test_the_trainers_refuse_it_before_the_first_step(name: str, layout: str, tmp_path: Path) -> None:
@@ -249,6 +252,7 @@ def test_evaluation_does_not_hide_what_training_does() -> None:
         orpo_forward(model.train(), batch())
 
 
+@pytest.mark.slow
 def test_following_the_advice_makes_it_causal(tmp_path: Path) -> None:
     for model in (
         paligemma("eager"),
@@ -367,6 +371,7 @@ def longest(rows: Any, **options: Any) -> int:
     return int(ORPOCollator(tiny.tokenizer(), **options)(list(rows))["input_ids"].shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_row_beyond_learned_positions_is_named_before_the_first_step(name: str, tmp_path: Path) -> None:
     made = trainer(tmp_path, model=build(name, **LEARNED[name]), rows=LONG, layout="padded")
@@ -392,6 +397,7 @@ def test_an_evaluation_row_beyond_them_is_named_too(tmp_path: Path) -> None:
         made.train()
 
 
+@pytest.mark.slow
 def test_rows_that_fit_may_have_a_larger_max_length(tmp_path: Path) -> None:
     for name, changes in LEARNED.items():
         made = trainer(tmp_path, model=build(name, **changes), rows=LONG[:6], max_length=4096)
@@ -424,6 +430,7 @@ def test_streams_and_stock_trainers_are_checked_batch_by_batch(tmp_path: Path) -
         fuse_head(fused).train()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OPTForCausalLM"])
@@ -445,6 +452,7 @@ def test_rotary_models_go_beyond_their_max_position_embeddings(tmp_path: Path) -
     assert len(logged(made, "loss")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "option"), [("prompt", "max_prompt_length"), ("chosen", "max_completion_length")])
 def test_encoder_and_decoder_have_positions_of_their_own(side: str, option: str, tmp_path: Path) -> None:
     def bart() -> nn.Module:

@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from orpo_plugins import errors, orpo_forward
+from orpo_plugins.denominators import own_denominators
+from orpo_plugins.forward import forward_with_options
 from orpo_plugins.hooks import plugins
 from orpo_plugins.hooks.types import Kernel, Pair, TokenSequence
 from orpo_plugins.layouts.padded import Padded
 from orpo_plugins.models.head import head_options, output_head, unwrap_model
+from orpo_plugins.models.state import state_of
+from orpo_plugins.options import ORPOOptions
+from orpo_plugins.targets import targets_of
+from tests.kit.compare import assert_all_within, assert_within
+from tests.kit.two_devices import CPU, OTHER, TwoDevices, put_on_other
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -38,11 +47,11 @@ FAMILIES = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **changes: Any) -> nn.Module:
     cls_name, extra = FAMILIES[name]
     cls = getattr(transformers, cls_name)
     torch.manual_seed(0)
-    model: nn.Module = cls(cls.config_class(**SIZES, **extra))
+    model: nn.Module = cls(cls.config_class(**{**SIZES, **extra, **changes}))
     # Far from initialization, where soft-caps and scales make a visible difference.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -176,6 +185,7 @@ def test_the_head_in_modules_to_save_is_the_copy_in_use() -> None:
         assert output_head(wrapped) is wrapper.original_module
 
 
+@pytest.mark.slow
 def test_nothing_that_compiles_is_imported_before_something_is_compiled() -> None:
     code = (
         "import sys, torch, orpo_plugins as o\n"
@@ -186,6 +196,7 @@ def test_nothing_that_compiles_is_imported_before_something_is_compiled() -> Non
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, looking at inputs
 def test_a_model_compiled_by_inductor_trains_through_the_fused_head() -> None:
@@ -198,3 +209,57 @@ def test_a_model_compiled_by_inductor_trains_through_the_fused_head() -> None:
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     for name, parameter in model.named_parameters():
         assert (parameter.grad - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def dispatched(model: nn.Module) -> nn.Module:
+    """The model as `device_map` places it: hooks that move inputs, the head on a device of its own."""
+    head = output_head(model)
+    parameters = dict(head._parameters)
+    add_hook_to_module(head, AlignDevicesHook(execution_device=OTHER))
+    head._parameters.update(parameters)  # the hook has copied them, and knows no pretended devices
+    put_on_other(head)
+    return add_hook_to_module(model, AlignDevicesHook(execution_device=CPU, io_same_device=True))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "tied"])
+def test_the_head_may_be_on_another_device_than_the_batch(name: str) -> None:
+    model = build(name, tie_word_embeddings=False)  # Accelerate gives each device a copy of its own of a tied weight
+    expected = loss_and_gradients(model, "chunked")
+    state_of(model).head_options = None  # so that the probe runs again
+    model = dispatched(model)
+    with TwoDevices():
+        loss, gradients = loss_and_gradients(model, "chunked")
+        labels, options = targets_of(batch()), ORPOOptions(kernel="chunked", logit_means=True)
+        out = forward_with_options(model, batch(), options, labels, own_denominators(labels))
+        assert all(figure.device == CPU for figure in (loss, out.loss, out.chosen_logps, *out.metrics.values()))
+    assert_within(loss, expected[0], 1e-6)
+    assert_all_within(gradients, expected[1], 1e-5)
+
+
+def test_the_pretended_devices_do_not_mix() -> None:
+    one = torch.ones(2)
+    with TwoDevices():
+        other = one.to(OTHER)
+        assert (one.device, other.device, (other + 1).device) == (CPU, OTHER, OTHER)
+        assert torch.equal(other.to(CPU) + one, torch.full((2,), 2.0))
+        with pytest.raises(RuntimeError, match="two"):
+            one + other
+        with pytest.raises(RuntimeError, match="two"):
+            one.sum() * other.sum() + one * other.sum()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_an_offloaded_head_is_brought_back_for_the_forward_pass_if_it_needs_no_gradient(trainable: bool) -> None:
+    model = build("llama")
+    output_head(model).requires_grad_(trainable)
+    expected = loss_and_gradients(model, "chunked") if not trainable else None
+    model.zero_grad()
+    cpu_offload(output_head(model), CPU)
+    assert next(output_head(model).parameters()).device.type == "meta"
+    if expected is None:
+        with pytest.raises(errors.ModelError, match="lm_head is trainable and offloaded"):
+            loss_and_gradients(model, "chunked")
+        return
+    loss, gradients = loss_and_gradients(model, "chunked")
+    assert_within(loss, expected[0], 1e-6)
+    assert_all_within(gradients, expected[1], 1e-5)

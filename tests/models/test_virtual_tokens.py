@@ -233,6 +233,7 @@ def test_a_table_without_a_width_is_refused() -> None:
 # ---- checkpointing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["prefix tuning", "cartridge"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_adapter_in_the_cache_trains_without_checkpointing(

@@ -305,12 +305,12 @@ def test_a_stream_cannot_be_grouped_by_length(tmp_path: Path) -> None:
     [
         (
             {"max_tokens_per_batch": 20},
-            r"row \d+ of those kept takes \d+ tokens by itself, more than max_tokens_per_batch=20",
+            r"row \d+ of the prepared dataset takes \d+ tokens by itself, more than max_tokens_per_batch=20",
         ),
         (
             {"max_tokens_per_batch": 400, "per_device_train_batch_size": 8},
-            "raise gradient_accumulation_steps and lower the batch size as much, raise max_tokens_per_batch, or set "
-            "step_strategy='tokens'",
+            "Raise gradient_accumulation_steps and lower the batch size by the same factor, raise "
+            "max_tokens_per_batch, or set step_strategy='tokens'",
         ),
         (
             {"max_tokens_per_batch": 10**6, "per_device_train_batch_size": 64, "dataloader_drop_last": True},

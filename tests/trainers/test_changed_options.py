@@ -393,7 +393,7 @@ def test_label_smoothing_that_is_set_later_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["options", "tokenizer", "max_length"])
 def test_what_a_collator_was_made_with_stays(name: str) -> None:
     collator = ORPOCollator(tiny.tokenizer())
-    with pytest.raises(errors.ConfigError, match=f"{name}=8 would have no effect on a collator that is made"):
+    with pytest.raises(errors.ConfigError, match=f"{name}=8 would have no effect on an existing collator"):
         setattr(collator, name, 8)
 
 

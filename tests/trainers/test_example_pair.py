@@ -17,7 +17,7 @@ from tests.kit import tiny
 from tests.kit.tokenizers import chatml_tokenizer, gpt2_tokenizer
 from tests.kit.training import trainer
 
-BEGINNING = "one pair as it is trained; [[...]] counts"
+BEGINNING = "one pair as it is trained. Tokens in [[...]] count"
 ROW = {"prompt": "the dog", "chosen": " sleeps", "rejected": " jumps"}
 
 
@@ -32,13 +32,13 @@ def lines(text: str) -> list[str]:
 def test_strings() -> None:
     tokenizer = gpt2_tokenizer()
     text = example_text(pair(ROW, tokenizer), tokenizer)
-    assert text.splitlines()[0].endswith("answer, the prompt and the chosen answer in the NLL:")
+    assert text.splitlines()[0].endswith("log-probability. The NLL counts the prompt and the chosen answer:")
     prompt, chosen, rejected = lines(text)
     assert prompt.endswith("tokens): <|endoftext|>the dog")
     assert chosen.endswith("tokens): [[ sleeps<|endoftext|>]]")
     assert rejected.endswith("tokens): [[ jumps<|endoftext|>]]")
     completion = example_text(pair(ROW, tokenizer), tokenizer, nll_over="completion")
-    assert completion.splitlines()[0].endswith("answer, the chosen answer in the NLL:")
+    assert completion.splitlines()[0].endswith("log-probability. The NLL counts the chosen answer:")
 
 
 def test_answers_of_several_turns_show_which_are_labelled() -> None:
@@ -49,7 +49,7 @@ def test_answers_of_several_turns_show_which_are_labelled() -> None:
     row = {"chosen": turns("Q", "the fox", "and", "the dog"), "rejected": turns("Q", "jumps", "why", "it sleeps")}
     prompt, chosen, _ = lines(example_text(pair(row, tokenizer), tokenizer))
     assert prompt.endswith(r"<s><|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n")
-    assert r"[[the fox<|im_end|>\n]]<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n[[the dog" in chosen
+    assert r"[[the fox<|im_end|>]]\n<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n[[the dog" in chosen
 
 
 def test_a_prompt_of_the_rejected_answer_alone_and_no_rejected_answer() -> None:

@@ -170,7 +170,7 @@ def test_batches_are_not_cut_apart_between_ranks(tmp_path: Path) -> None:
         ({"beta": float("nan")}, "beta is nan"),
         ({"beta": "0.1"}, "beta is '0.1'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and ORPO's loss smooths no labels"),
-        ({"padding_value": -1}, "padding_value is -1: it is a token's id"),
+        ({"padding_value": -1}, "padding_value is -1: it must be a token id, which is never negative"),
         ({"peft_config": {"r": 4}}, r"peft_config is {'r': 4}: pass a configuration of PEFT, such as LoraConfig"),
         ({"odds_temperature": 0.0}, "odds_temperature is 0.0: it must be a finite number > 0"),
         ({"loss_terms": {"length": 1.0}}, "unknown loss term 'length'"),

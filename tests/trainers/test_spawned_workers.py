@@ -168,9 +168,9 @@ def test_a_plugins_layout_goes_by_its_name() -> None:
         formats = pickle.dumps(collator("padded"))
     finally:
         get_plugin_manager().unregister(plugin)
-    with pytest.raises(errors.ConfigError, match=r"knows the layouts padded, .* has mine: register plugins where"):
+    with pytest.raises(errors.ConfigError, match=r"knows the layouts padded, .* has mine: register plugins at the"):
         pickle.loads(sent)
-    with pytest.raises(errors.ConfigError, match=r"knows the row formats .* has never, .*: register plugins where"):
+    with pytest.raises(errors.ConfigError, match=r"knows the row formats .* has never, .*: register plugins at the"):
         pickle.loads(formats)
 
 
@@ -193,7 +193,7 @@ def test_a_plugin_registered_at_the_top_of_a_script_is_there_in_spawned_workers(
 
 @pytest.mark.parametrize("name", ["max_length", "truncation_mode", "sft_rows", "padding_value"])
 def test_an_option_set_on_a_collator_that_is_made_is_refused(name: str) -> None:
-    with pytest.raises(errors.ConfigError, match=rf"{name}=8 would have no effect .*: make another, ORPOCollator"):
+    with pytest.raises(errors.ConfigError, match=rf"{name}=8 would have no effect .*: make a new one, ORPOCollator"):
         setattr(collator("padded"), name, 8)
 
 

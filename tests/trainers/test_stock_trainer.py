@@ -345,7 +345,7 @@ def test_an_encoder_decoder_model_trains_with_the_fused_head(name: str, tmp_path
             assert_within(changed[key], parameter.detach() - parameter.grad, 1e-5, key)
 
 
-@pytest.mark.parametrize("layout", ["auto", "padded", "seq2seq"])
+@pytest.mark.parametrize("layout", ["padded", "seq2seq"])
 def test_an_encoder_decoder_model_without_the_fused_head_is_refused(layout: str, tmp_path: Path) -> None:
     message = r"encoder-decoder model's decoder needs inputs .* layout='seq2seq'\) and call fuse_head\(trainer\)"
     with pytest.raises(errors.BatchError, match=message):
@@ -353,7 +353,7 @@ def test_an_encoder_decoder_model_without_the_fused_head_is_refused(layout: str,
 
 
 def test_an_encoder_decoder_model_under_the_fused_head_needs_its_layout(tmp_path: Path) -> None:
-    for layout in ("auto", *LAYOUTS):
+    for layout in LAYOUTS:
         trainer = fuse_head(stock_encoder_decoder(tmp_path, "t5", layout=layout))
         with pytest.raises(errors.BatchError, match=r"T5For.* make it with ORPOCollator\(\.\.\., layout='seq2seq'\)"):
             trainer.train()

@@ -116,7 +116,14 @@ def test_the_commands_own_help_imports_no_framework() -> None:
 def test_info_lists_versions_and_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for word in ("transformers", "chunked", "padded", "sharegpt", "kernels for bf16 on", "orpo-layouts (built in)"):
+    for word in (
+        "transformers",
+        "chunked",
+        "padded",
+        "sharegpt",
+        "kernels for bf16 on",
+        "orpo-layout-padded (built in)",
+    ):
         assert word in shown, word
 
 

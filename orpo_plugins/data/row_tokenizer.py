@@ -1,4 +1,4 @@
-"""One row to one pair of token sequences, and back to columns."""
+"""Makes a pair of token sequences from a row, and the columns of a tokenized row from a pair."""
 
 import dataclasses
 import math
@@ -9,32 +9,33 @@ from orpo_plugins.data.chat_id_pairs import ChatIdPairBuilder, gives_chats_as_id
 from orpo_plugins.data.encoder_decoder_pairs import EncoderDecoderPairBuilder
 from orpo_plugins.data.pairs import BuiltPair, Dropped, PairBuilder, PromptAndAnswer
 from orpo_plugins.data.row_formats import parse_row
+from orpo_plugins.data.row_values import shortened
 from orpo_plugins.errors import ConfigError, RowError
 from orpo_plugins.hooks.types import TokenSequence
 from orpo_plugins.options import PairOptions
 from orpo_plugins.targets import IGNORE_INDEX, prompt_length
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
-"""The columns of a tokenized row: ids, and labels that are -100 on the prompt."""
+"""The columns of a tokenized row.  Labels are -100 on the prompt."""
 
 NUMBERS = {"weight": 1.0, "margin": 0.0}
-"""Optional columns of raw and tokenized rows (see `Pair`), with what a row without them has."""
+"""Optional columns of raw and tokenized rows (see `Pair`), with their defaults."""
 
 
 def pair_builder(tokenizer: Any, options: PairOptions) -> PairBuilder:
-    """The builder that fits the model and what the tokenizer is able to do."""
+    """The builder for this kind of model and tokenizer."""
     if not gives_chats_as_ids(tokenizer):
         return (EncoderDecoderPairBuilder if options.encoder_decoder else PairBuilder)(tokenizer, options)
     if options.encoder_decoder:
         raise ConfigError(
-            f"{type(tokenizer).__name__} does not encode special tokens that stand in text, which pairs of an "
-            "encoder-decoder model need: take the tokenizer that belongs to the model"
+            f"{type(tokenizer).__name__} does not encode special tokens that stand in text, but pairs of an "
+            "encoder-decoder model need that: use the tokenizer of the model"
         )
     return ChatIdPairBuilder(tokenizer, options)
 
 
 class RowTokenizer:
-    """Callable: a raw or tokenized row and its number to `BuiltPair` or `Dropped`."""
+    """Called with a raw or tokenized row and its number, returns a `BuiltPair` or `Dropped`."""
 
     def __init__(self, tokenizer: Any, options: PairOptions) -> None:
         self.builder = pair_builder(tokenizer, options)
@@ -73,7 +74,7 @@ class RowTokenizer:
 
 
 def tokenized_answer(row: Mapping[str, Any], name: str) -> PromptAndAnswer:
-    """Reads `<name>_input_ids` and `<name>_labels`, without what `<name>_attention_mask` masks; checks them."""
+    """Reads and checks `<name>_input_ids` and `<name>_labels`, without tokens that `<name>_attention_mask` masks."""
     ids, labels = _integers(row, f"{name}_input_ids"), _integers(row, f"{name}_labels")
     if len(ids) != len(labels):
         raise RowError(f"{name}_input_ids has {len(ids)} tokens but {name}_labels has {len(labels)}")
@@ -84,7 +85,7 @@ def tokenized_answer(row: Mapping[str, Any], name: str) -> PromptAndAnswer:
         ids = [token for token, seen in zip(ids, mask, strict=True) if seen]
         labels = [token for token, seen in zip(labels, mask, strict=True) if seen]
     start = prompt_length(labels)
-    # Two comparisons of whole lists, which nearly every row passes, before one token at a time.
+    # Two fast comparisons, which nearly every row passes, before a loop over tokens.
     if min(ids, default=0) < 0 or labels[start:] != ids[start:]:
         _check_tokens(ids, labels, name)
     return PromptAndAnswer(ids[:start], ids[start:], labels[start:])
@@ -103,7 +104,7 @@ def _check_tokens(ids: list[int], labels: list[int], name: str) -> None:
 
 
 def _number(row: Mapping[str, Any], column: str) -> float:
-    """The value of a column of `NUMBERS`; its default where the row has none."""
+    """The value of a column of `NUMBERS`, or its default if the row has none."""
     value = row.get(column)
     if value is None:
         return NUMBERS[column]
@@ -112,8 +113,8 @@ def _number(row: Mapping[str, Any], column: str) -> float:
     if not good or (column == "weight" and value < 0):
         wanted = "a finite number >= 0" if column == "weight" else "a finite number"
         raise RowError(
-            f"column {column!r} is {shown(value)}, expected {wanted}: it changes how much the row counts. Rename the "
-            "column if it means something else"
+            f"column {column!r} is {shortened(value)}, expected {wanted}: it changes how much the row counts. Rename "
+            "the column if it means something else"
         )
     return float(value)
 
@@ -123,20 +124,14 @@ def _integers(row: Mapping[str, Any], column: str) -> list[int]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list | tuple) or not all(issubclass(kind, int) for kind in set(map(type, value))):
-        raise RowError(f"column {column!r} is {shown(value)}, expected a list of token ids")
+        raise RowError(f"column {column!r} is {shortened(value)}, expected a list of token ids")
     return list(value)
 
 
-def shown(value: Any) -> str:
-    """A value in an error message, shortened."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def tokenized_row(built: BuiltPair, numbers: Iterable[str] | None = None) -> dict[str, Any]:
-    """The columns of a tokenized row, and `length`, the tokens of both sequences.
+    """The columns of a tokenized row, and `length`, the number of tokens of both sequences.
 
-    With the columns of `NUMBERS` that are named, or by default those in which the row differs from others.
+    `numbers` are the columns of `NUMBERS` to add; by default, those whose value is not the default.
     """
 
     def columns(name: str, sequence: TokenSequence) -> dict[str, list[int]]:

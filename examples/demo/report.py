@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def main() -> None:
     from orpo_plugins.integrations import cli_chat
 
     disable_progress_bar()
-    tuned = cli_chat.Speaker(**dict(zip(("model", "tokenizer"), cli_chat.load(options.after), strict=True)))
-    # A base model's own tokenizer may have no chat template; the configs add no tokens.
-    model, _ = cli_chat.load(options.before)
-    base = cli_chat.Speaker(model=model, tokenizer=tuned.tokenizer)
+    model, tokenizer = cli_chat.load(options.after)
+    tuned = cli_chat.Speaker(model=model, tokenizer=tokenizer)
+    # The small model's own tokenizer has no chat template; the configs add no tokens.
+    base = replace(cli_chat.base_of(tuned, options.before), tokenizer=tuned.tokenizer)
     rows = [json.loads(line) for line in (HERE / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     print(f"Scoring {len(rows)} held-out pairs with the model before and after training.", flush=True)
     print_table(len(rows), score(base, rows), score(tuned, rows))
@@ -66,7 +67,7 @@ def score(speaker: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from orpo_plugins import ORPOCollator, orpo_forward
 
     collator = ORPOCollator(speaker.tokenizer, max_length=512, nll_over="completion")
-    with torch.no_grad():
+    with torch.no_grad(), speaker.while_answering():
         batches = [collator(rows[start : start + 8]) for start in range(0, len(rows), 8)]
         outputs = [orpo_forward(speaker.model, batch, beta=BETA) for batch in batches]
     return {

@@ -13,9 +13,9 @@ from typing import Any
 HERE = Path(__file__).parent
 BETA = 0.5  # orpo_alpha of the configs
 QUESTIONS = (
-    "The helmet I ordered is too tight.",
     "My website shows an error 500.",
-    "Two people are sitting in my seats at the theatre.",
+    "The washing machine shows the error E18.",
+    "How can I move my photos to the new phone?",
 )
 """Held-out questions that both models answer."""
 
@@ -43,7 +43,7 @@ def main() -> None:
     print_table(len(rows), score(base, rows), score(tuned, rows))
     for question in QUESTIONS:
         print(f"\nCustomer (held-out): {question}\n", flush=True)
-        cli_chat.compare(base, tuned, [question], cli_chat.ChatOptions(max_new_tokens=90, temperature=0))
+        cli_chat.compare(base, tuned, [question], cli_chat.ChatOptions(max_new_tokens=100, temperature=0))
     draw(log_of(Path(options.after)), options.figure)
     kind = "adapter" if hasattr(tuned.model, "peft_config") else "model"
     print(f"\nCurves: {options.figure}\nThe trained {kind}: {options.after}\nTalk to it, beside the model before:")

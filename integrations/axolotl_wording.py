@@ -57,7 +57,7 @@ _PHRASES: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"set tokenizer\.chat_template, or call model, tokenizer = orpo_plugins\.setup_chat_format\(model, tokenizer\) "
     r"first": "set chat_template, to chatml for one",
     r"set another tokenizer\.chat_template": "set another chat_template",
-    r"set tokenizer\.eos_token to": "set special_tokens: {eos_token: ...} to",
+    r"([sS])et tokenizer\.eos_token to": r"\1et special_tokens: {eos_token: ...} to",
     r" of its vocabulary, or call (orpo_plugins\.setup_chat_format)?": " of its vocabulary",
     r"orpo_plugins\.setup_chat_format$": "",
     r"set tokenizer\.pad_token and eos_token": "set special_tokens: {pad_token: ..., eos_token: ...}",

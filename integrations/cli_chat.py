@@ -63,7 +63,7 @@ class Speaker:
     """A model that answers, and what it has heard and said."""
 
     model: Any
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: "Tokenizer"
     while_answering: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Entered for each answer; the base of an adapter is the same model with the adapter switched off."""
     messages: list[dict[str, str]] = field(default_factory=list)

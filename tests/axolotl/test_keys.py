@@ -57,8 +57,9 @@ def dialogue(row: dict[str, str]) -> dict[str, Any]:
 
 STRINGS = [{**row, "weight": 2.0 if index == 1 else 1.0} for index, row in enumerate(tiny.rows(4, longest=20))]
 TURNS = [dialogue(row) if index else conversation(row) for index, row in enumerate(tiny.rows(4, seed=1))]
+TEMPLATE = tiny.CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ eos_token }}\n")  # as ChatML has it
 WIDE = {"initializer_range": 0.2}  # so that the answers' odds differ
-DATA = {"sft_rows": True, "train_on": "last", "template_strings": True}
+DATA = {"sft_rows": True, "train_on": "last", "template_strings": True, "repeat_eos": True}
 LENGTHS = {"max_prompt_length": 9, "max_completion_length": 8, "truncation_mode": "keep_start"}
 LOSS = {"odds_temperature": 2.0, "nll_normalization": "pair", "loss_terms": {"sure": 0.25}}
 # One batch of all eight rows, where micro_batch_size alone would make eight.
@@ -98,7 +99,7 @@ def expected(**changes: Any) -> dict[str, float]:
         return {name: given[name] for name in names if given[name] is not None}
 
     options = PairOptions(max_length=256, **pick([*DATA, *LENGTHS]))
-    pairs = [row for rows in (STRINGS, TURNS) for row in prepare_dataset(rows, tiny.tokenizer(), options)[0]]
+    pairs = [row for rows in (STRINGS, TURNS) for row in prepare_dataset(rows, tiny.tokenizer(TEMPLATE), options)[0]]
     batch = ORPOCollator(tiny.tokenizer(), sft_rows=True, **pick(["nll_over"]))(pairs)
     with torch.no_grad():
         out = orpo_forward(tiny.model(**WIDE), batch, beta=given["alpha"], kernel="told", **pick(LOSS))
@@ -115,6 +116,7 @@ def test_every_key_takes_effect(plugin: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setenv("PYTHONPATH", str(plugin))
     folder = folder_with_model(tmp_path, **WIDE)
+    tiny.tokenizer(TEMPLATE).save_pretrained(folder / "model")
     keys = {f"orpo_{name}": value for name, value in {**DATA, **LENGTHS, **LOSS, **BATCHES, **OTHERS}.items()}
     keys["orpo_alpha"] = 0.5
     assert set(keys) == {*AXOLOTL_KEYS, *KEYS}

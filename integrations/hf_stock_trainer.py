@@ -134,7 +134,7 @@ def _check_model(outputs: Any, labels: Tensor) -> None:
         )
     if bool((labels[:, 3] & IN_DECODER).any()):
         raise BatchError(
-            "the batch is for an encoder-decoder model and this one has no encoder: use "
+            "the batch is for an encoder-decoder model, but this one has no encoder: use "
             "ORPOCollator(..., layout='padded')"
         )
 

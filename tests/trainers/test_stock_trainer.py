@@ -362,5 +362,5 @@ def test_an_encoder_decoder_model_under_the_fused_head_needs_its_layout(tmp_path
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_decoder_refuses_batches_for_an_encoder_decoder_model(fused: bool, tmp_path: Path) -> None:
     trainer = stock(tmp_path, layout="seq2seq")
-    with pytest.raises(errors.BatchError, match=r"for an encoder-decoder model and .* layout='padded'"):
+    with pytest.raises(errors.BatchError, match=r"for an encoder-decoder model, but .* layout='padded'"):
         (fuse_head(trainer) if fused else trainer).train()

@@ -14,8 +14,6 @@ from datasets import Dataset
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from orpo_plugins import ORPOCollator, ORPOConfig, ORPOTrainer, errors
 from orpo_plugins.hooks import plugins

@@ -1,5 +1,5 @@
-# make demo   sets up .venv and trains SmolLM2-135M-Instruct with Axolotl, rl: orpo; about four minutes once installed
-#             MODEL=tiny trains a small random model instead
+# make demo   sets up .venv and trains SmolLM2-135M-Instruct with Axolotl, rl: orpo; about six minutes once installed,
+#             on a busy machine of two cores; MODEL=tiny trains a small random model instead
 # make test   sets up .venv (Axolotl's stack) and .venv-latest (newest releases) and runs every test in both
 # make quick  sets up .venv-latest and runs the tests that are not marked slow there; under two minutes once installed
 # make check  style, types and the rule who may import whom

@@ -232,7 +232,8 @@ class EpochTokens:
     sequences: int
     """Tokens of all sequences without padding; each prompt counts twice, once in each of its two sequences."""
     padded: int
-    """Tokens in the layout *padded*, in batches of the trainer's number of pairs and in its order."""
+    """Tokens in the layout *padded*, in batches of the trainer's number of pairs and in its order; `computed` where the
+    collator's layout pads by itself."""
     exact: bool
     """False where only some rows have been counted."""
 
@@ -252,11 +253,13 @@ def epoch_tokens(trainer: Trainer) -> EpochTokens | None:
         picked = range(0, total, -(-total // _COUNTED_ROWS))
         rows = rows.select(picked) if hasattr(rows, "select") else [rows[index] for index in picked]
     costs, pads = sizes(rows, trainer.data_collator)
-    as_padded = token_costs(rows, plugins.layout(plugins.REFERENCE_LAYOUT))
     sequences = sum(int((lengths.chosen + lengths.rejected).sum()) for lengths in pair_lengths(rows))
-    computed = _padded_tokens(costs, trainer) if pads else sum(map(sum, costs))
-    counts = (computed, sequences, _padded_tokens(as_padded, trainer))
-    computed, sequences, padded = (count * total // len(rows) for count in counts)
+    if pads:
+        computed = padded = _padded_tokens(costs, trainer)
+    else:
+        computed = sum(map(sum, costs))
+        padded = _padded_tokens(token_costs(rows, plugins.layout(plugins.REFERENCE_LAYOUT)), trainer)
+    computed, sequences, padded = (count * total // len(rows) for count in (computed, sequences, padded))
     return EpochTokens(computed=computed, sequences=sequences, padded=padded, exact=len(rows) == total)
 
 
